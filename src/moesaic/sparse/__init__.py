@@ -1,0 +1,1 @@
+"""The sparse FFN: routing, partitions, scores, selections, combinations, experts and their executors."""
