@@ -3,6 +3,7 @@
 Shapes: T tokens, D model dim, F FFN width (number of neurons). Row i of every matrix belongs to neuron i.
 """
 
+import difflib
 from dataclasses import dataclass
 
 import torch.nn.functional as nnf
@@ -32,7 +33,9 @@ class DenseFFN:
 
     def __post_init__(self) -> None:
         if self.activation not in ACT2FN:
-            raise ValueError(f"unknown activation {self.activation!r}; transformers knows {', '.join(sorted(ACT2FN))}")
+            nearest = difflib.get_close_matches(self.activation, ACT2FN, n=1, cutoff=0.0)[0]
+            known = ", ".join(sorted(ACT2FN))
+            raise ValueError(f"unknown activation {self.activation!r}; did you mean {nearest!r}? There are {known}")
         if self.gate_FD is None and self.gate_bias_F is not None:
             raise ValueError("gate_bias_F is given without gate_FD: a plain FFN has its bias in up_bias_F")
         matrix, row, column = (self.width, self.dim), (self.width,), (self.dim,)
