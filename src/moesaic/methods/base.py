@@ -1,0 +1,164 @@
+"""What a method is: a conversion, the phases that train something after it, and the budgets it is judged at.
+
+Shapes: T tokens, D model dim, B blocks.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Generator
+from transformers import PreTrainedModel
+
+from moesaic.data.tokens import TokenSplit
+from moesaic.ffn.families import FFNPattern
+from moesaic.ffn.sites import find_ffns
+from moesaic.methods.calibration import Calibration
+from moesaic.sparse.combine import Combine
+from moesaic.sparse.experts import Experts
+from moesaic.sparse.layer import SparseFFN, sparse_layers
+from moesaic.sparse.model import convert_model
+from moesaic.sparse.partition import Partition
+from moesaic.sparse.score import Score
+from moesaic.sparse.select import AllBlocks, Selection
+from moesaic.sparse.stats import NeuronStats
+
+__all__ = ["AdaptJob", "ConvertJob", "Method", "Phase", "Prepare", "SparseMethod", "layer_generator", "select_blocks"]
+
+
+@dataclass(kw_only=True, slots=True)
+class ConvertJob:
+    """What a conversion may use. `model` is consumed: its FFN weights move into the converted model."""
+
+    model: PreTrainedModel
+    pattern: FFNPattern | None
+    calibration: Calibration | None
+    budget: float | None  # set only for methods that convert once per budget
+    seed: int
+
+
+@dataclass(kw_only=True, slots=True)
+class AdaptJob:
+    """What a training phase may use. The phase changes `model` in place; `folder` survives a crash."""
+
+    model: PreTrainedModel
+    pattern: FFNPattern | None
+    calibration: Calibration | None
+    tokens: TokenSplit
+    context: int
+    seed: int
+    folder: Path
+
+
+class Phase(ABC):
+    """One training phase of a recipe. Subclasses are frozen dataclasses named by `_target_`."""
+
+    __slots__ = ()
+    name: str
+    trains_weights: ClassVar[bool] = True  # False: only routers change, so the result still shows the dense weights
+    uses_selection: ClassVar[bool] = True  # False: the result is the same at every budget, so it is reused across them
+
+    @abstractmethod
+    def run(self, job: AdaptJob) -> dict[str, Any]:
+        """Train `job.model` in place; resume from `job.folder` where it holds a checkpoint.
+
+        Returns facts for the record; `tokens` counts the tokens that gave a gradient to a language-model loss.
+        """
+
+
+class Prepare(ABC):
+    """A change to the dense model itself, before anything is split (DESIGN: the `prepare` stage)."""
+
+    __slots__ = ()
+
+    @abstractmethod
+    def run(self, job: AdaptJob) -> dict[str, Any]:
+        """Change and train the dense `job.model` in place."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Method(ABC):
+    """A way of making the FFNs of a dense model sparse, or one of the controls it is compared with."""
+
+    name: str
+    variant: Literal["as_published", "as_released", "corrected"] = "corrected"
+    provenance: Literal["published", "reconstruction", "control"] = "published"
+    budgets: tuple[float, ...] = ()  # values of the inference knob at which the model is evaluated and timed
+    phases: tuple[Phase, ...] = ()
+    prepare: Prepare | None = None
+    calibration_tokens: int = field(default=0)  # tokens whose FFN inputs are kept for `convert` and router training
+
+    adapt_per_budget: ClassVar[bool] = False  # True: a budget is fixed when converting (a slice), not at inference
+    is_sparse: ClassVar[bool] = False
+    knob: ClassVar[str] = ""
+
+    @abstractmethod
+    def convert(self, job: ConvertJob) -> PreTrainedModel:
+        """The converted model. Raises ValueError where model and method do not fit."""
+
+    def check_width(self, width: int) -> None:
+        """Refuse, before any work, an FFN width that this method cannot cut. Raises ValueError."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SparseMethod(Method):
+    """A method that is a composition of the four choices, plus a recipe.
+
+    Raises ValueError on construction for relations that cannot hold (k above the number of blocks, a budget that the
+    selection refuses). Source: arXiv:2310.10837 sec. 2 (every method as a sum over active neurons).
+    """
+
+    partition: Partition
+    score: Score
+    select: Selection
+    combine: Combine
+    oracle: Score  # the upper bound that the `oracle_router` control uses
+    executor: str = "auto"
+
+    is_sparse: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        for selection in (self.select, *(self.select.with_budget(budget) for budget in self.budgets)):
+            selection.check(self.partition.num_blocks)
+
+    def check_width(self, width: int) -> None:
+        self.partition.check_width(width)
+
+    def convert(self, job: ConvertJob) -> PreTrainedModel:
+        """A sparse model with all blocks selected, so that it still computes the dense function."""
+        layers = []
+        for site in find_ffns(job.model, job.pattern):
+            ffn = site.read()
+            inputs_TD = job.calibration.inputs_TD(site.index) if job.calibration else None
+            layers.append(self._layer(ffn, inputs_TD, layer_generator(job.seed, site.index)))
+            site.release()
+        return convert_model(job.model, layers, job.pattern)
+
+    def _layer(self, ffn: Any, inputs_TD: torch.Tensor | None, generator: Generator) -> SparseFFN:
+        stats = NeuronStats(ffn, inputs_TD) if inputs_TD is not None else None
+        block_F = self.partition.labels(ffn, stats, generator=generator)
+        combine = self.combine.build(ffn.dim, self.partition.num_blocks)
+        experts = Experts.from_dense(ffn, block_F)
+        score = self.score.build(ffn.dim, self.partition.num_blocks)
+        score.initialise(experts, inputs_TD, generator=generator)
+        if inputs_TD is not None:
+            combine.initialise(experts, inputs_TD)
+        return SparseFFN(experts, score, AllBlocks(), combine, executor=self.executor)
+
+
+def layer_generator(seed: int, layer: int) -> Generator:
+    """A generator for one layer, so that a layer's split does not depend on how many layers came before it."""
+    return torch.Generator().manual_seed(seed * 100_003 + layer)
+
+
+def select_blocks(model: PreTrainedModel, selection: Selection | Sequence[Selection]) -> None:
+    """Give every sparse layer of `model` its selection: one for all, or one per layer."""
+    layers = sparse_layers(model)
+    selections = [selection] * len(layers) if isinstance(selection, Selection) else list(selection)
+    for layer, chosen in zip(layers, selections, strict=True):
+        layer.select = chosen

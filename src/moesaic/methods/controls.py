@@ -1,0 +1,48 @@
+"""Controls: the same converted model with its routing replaced, to tell where quality is lost.
+
+`oracle_router` knows which blocks are best, `random_router` knows nothing, `all_blocks` runs every block with weight 1.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from transformers import PreTrainedModel
+
+from moesaic.methods.base import SparseMethod, layer_generator, select_blocks
+from moesaic.methods.calibration import Calibration
+from moesaic.methods.factorllm import fit_scales
+from moesaic.sparse.combine import Combine
+from moesaic.sparse.layer import sparse_layers
+from moesaic.sparse.score import RandomScore, Score
+from moesaic.sparse.select import AllBlocks
+
+__all__ = ["Arm", "apply_arm"]
+
+Arm = Literal["adapted", "learned_router", "oracle_router", "random_router", "all_blocks", "dense", "prepared_dense"]
+
+
+def apply_arm(
+    model: PreTrainedModel, arm: Arm, method: SparseMethod, budget: float, calibration: Calibration | None, seed: int
+) -> None:
+    """Set `model` to `budget` and, for a control arm, replace its routing; fitted scales are fitted to that routing."""
+    if arm == "all_blocks":
+        select_blocks(model, AllBlocks())
+        for layer in sparse_layers(model):
+            layer.combine = Combine().build(layer.experts.dim, layer.experts.num_blocks)
+        return
+    select_blocks(model, method.select.with_budget(budget))
+    if arm == "oracle_router":
+        replace_score(model, method.oracle, seed)
+    elif arm == "random_router":
+        replace_score(model, RandomScore(seed=seed), seed)
+    if arm in ("oracle_router", "random_router") and calibration is not None:
+        fit_scales(model, calibration)
+
+
+def replace_score(model: PreTrainedModel, score: Score, seed: int) -> None:
+    """Give every sparse layer a new, data-free score."""
+    for index, layer in enumerate(sparse_layers(model)):
+        built = score.build(layer.experts.dim, layer.experts.num_blocks)
+        built.initialise(layer.experts, None, generator=layer_generator(seed, index))
+        layer.score = built

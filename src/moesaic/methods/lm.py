@@ -1,0 +1,111 @@
+"""Language-model fine-tuning of a converted model: the phase that most recipes end with, and all controls share.
+
+Shapes: N sequences in a batch, C context.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import pytorch_lightning as pl
+from torch import Tensor
+from torch.nn import Parameter
+from torch.optim import Optimizer
+from transformers import PreTrainedModel
+
+from moesaic.ffn.families import FFNPattern
+from moesaic.ffn.sites import find_ffns
+from moesaic.methods.base import AdaptJob, Phase
+from moesaic.sparse.layer import sparse_layers
+from moesaic.training.fit import FitConfig, fit, optimizer_of
+from moesaic.training.loader import TokenBatches
+
+__all__ = ["FinetuneLM", "LanguageModelling", "ffn_parameters", "router_parameters", "train_only"]
+
+Part = Literal["ffn", "router", "all"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FinetuneLM(Phase):
+    """Next-token fine-tuning of chosen parts; everything else stays bitwise as it was.
+
+    `train`: `ffn` (gate, up, down and their biases; the learned scale of `combine`, where there is one), `router`, `all`.
+    The batches depend on the seed alone, so every method and `dense_same_tokens` sees the same tokens in the same order.
+    """
+
+    fit: FitConfig
+    train: tuple[Part, ...] = ("ffn",)
+    name: str = "finetune"
+
+    trains_weights: ClassVar[bool] = True
+
+    def run(self, job: AdaptJob) -> dict[str, Any]:
+        parameters = train_only(job.model, self.train, job.pattern)
+        module = LanguageModelling(job.model, parameters, self.fit)
+        return fit_language_model(module, job, self.fit, label=self.name)
+
+
+class LanguageModelling(pl.LightningModule):
+    """Next-token cross-entropy on a Hugging Face causal language model."""
+
+    def __init__(self, model: PreTrainedModel, parameters: list[Parameter], config: FitConfig) -> None:
+        super().__init__()
+        self.model, self.config = model, config
+        self.trained = parameters
+
+    def training_step(self, batch: dict[str, Tensor], _: int) -> Tensor:
+        """Mean next-token cross-entropy in nats of a batch with `input_ids` (N, C)."""
+        return self.model(input_ids=batch["input_ids"], labels=batch["input_ids"], use_cache=False).loss
+
+    def configure_optimizers(self) -> Optimizer:
+        return optimizer_of(self.trained, self.config)
+
+
+def fit_language_model(module: pl.LightningModule, job: AdaptJob, config: FitConfig, *, label: str) -> dict[str, Any]:
+    """Fit `module` on the adaptation tokens; the facts that go into the record."""
+    batches = TokenBatches(
+        job.tokens.blocks(job.context), batch_size=config.batch_size * config.accumulate, seed=job.seed
+    )
+    result = fit(module, batches, config, folder=job.folder, label=label)
+    tokens = result.steps * config.batch_size * config.accumulate * job.context
+    return {"tokens": tokens, "steps": result.steps, "wall_seconds": result.seconds, "final_loss": result.final_loss}
+
+
+def ffn_parameters(model: PreTrainedModel, pattern: FFNPattern | None) -> Iterator[Parameter]:
+    """The FFN weights of a dense or sparse model: what adaptation trains, and `dense_same_tokens` with it."""
+    layers = sparse_layers(model)
+    if layers:
+        for layer in layers:
+            yield from layer.experts.parameters()
+            yield from layer.combine.parameters()
+    else:
+        for site in find_ffns(model, pattern):
+            yield from site.parameters()
+
+
+def router_parameters(model: PreTrainedModel) -> Iterator[Parameter]:
+    """The parameters of every sparse layer's score."""
+    for layer in sparse_layers(model):
+        if layer.score is not None:
+            yield from layer.score.parameters()
+
+
+def train_only(model: PreTrainedModel, parts: tuple[Part, ...], pattern: FFNPattern | None) -> list[Parameter]:
+    """Freeze `model` but for `parts`, and return what is left to train. Raises ValueError when that is nothing."""
+    chosen: list[Parameter] = []
+    if "all" in parts:
+        chosen.extend(model.parameters())
+    if "ffn" in parts:
+        chosen.extend(ffn_parameters(model, pattern))
+    if "router" in parts:
+        chosen.extend(router_parameters(model))
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    unique = list({id(parameter): parameter for parameter in chosen}.values())
+    for parameter in unique:
+        parameter.requires_grad_(True)
+    if not unique:
+        raise ValueError(f"train={list(parts)} leaves nothing to train in {type(model).__name__}; allowed: ffn, router, all")
+    return unique

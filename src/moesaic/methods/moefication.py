@@ -1,0 +1,167 @@
+"""MoEfication: per-layer routers trained to predict which blocks of the frozen dense FFN carry the activation.
+
+Source: arXiv:2110.01786 (Findings of ACL 2022) sec. 3; variants in conf/method/moefication.yaml.
+Shapes: L layers, T tokens, D model dim, B blocks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.optim import Optimizer
+from transformers import PreTrainedModel
+
+from moesaic.methods.base import AdaptJob, Phase
+from moesaic.methods.calibration import Calibration
+from moesaic.methods.lm import router_parameters, train_only
+from moesaic.sparse.layer import SparseFFN, sparse_layers
+from moesaic.sparse.targets import Target, block_targets, captured_mass
+from moesaic.training.fit import FitConfig, fit, optimizer_of
+from moesaic.training.loader import RowBatches
+
+__all__ = ["RouterRegression", "TrainRouters", "held_out_rows", "router_loss"]
+
+Loss = Literal["bce_soft", "bce_multi_hot", "mse"]
+Normalise = Literal["batch_max", "quantile"]
+Split = Literal["random", "tail", "window"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainRouters(Phase):
+    """Train every layer's router from the cached inputs of the dense model; no other weight changes.
+
+    `target`: what a block is worth (see `sparse.targets`). `normalise`: targets over the largest in the mini-batch (as
+    published) or over the layer's 99.9 % quantile, clipped to 1. `loss`: `bce_soft` on those, `bce_multi_hot` on the
+    `active_frac` best blocks, `mse` between |output| and the unnormalised target (D2DMoE's form).
+    `keep`: which of the routers seen on held-out rows is kept by captured mass (`second_best`: what the released
+    scripts ship).
+    """
+
+    fit: FitConfig
+    target: Target
+    normalise: Normalise
+    loss: Loss
+    split: Split
+    keep: Literal["best", "second_best"]
+    active_frac: float = 0.2  # share of blocks in `captured_mass` and in multi-hot labels, 0..1
+    held_out_frac: float = 0.1
+    validate_every_steps: int = 50
+    name: str = "router"
+
+    trains_weights: ClassVar[bool] = False
+    uses_selection: ClassVar[bool] = False
+
+    def run(self, job: AdaptJob) -> dict[str, Any]:
+        assert job.calibration is not None
+        train_only(job.model, ("router",), job.pattern)
+        held_T = held_out_rows(job.calibration, self.split, self.held_out_frac, job.seed)
+        inputs = [job.calibration.inputs_TD(layer) for layer in range(job.calibration.num_layers)]
+        module = RouterRegression(job.model, self, [x_TD[held_T] for x_TD in inputs])
+        batches = RowBatches([x_TD[~held_T] for x_TD in inputs], batch_size=self.fit.batch_size, seed=job.seed)
+        result = fit(module, batches, self.fit, folder=job.folder, label=self.name)
+        mass_L = module.restore(self.keep)
+        return {"tokens": 0, "steps": result.steps, "wall_seconds": result.seconds, "captured_mass_L": mass_L}
+
+
+class RouterRegression(pl.LightningModule):
+    """All layers' routers at once: their losses are separate sums, so this equals training each layer alone."""
+
+    def __init__(self, model: PreTrainedModel, phase: TrainRouters, held_LTD: list[Tensor]) -> None:
+        super().__init__()
+        self.model, self.phase, self.held_LTD = model, phase, held_LTD
+        self.layers: list[SparseFFN] = sparse_layers(model)
+        self.parameters_ = list(router_parameters(model))
+        self.scale_L = [self._scale(layer, x_TD) for layer, x_TD in zip(self.layers, held_LTD, strict=True)]
+        self.kept: list[list[tuple[float, dict[str, Tensor]]]] = [[] for _ in self.layers]
+
+    def _scale(self, layer: SparseFFN, x_TD: Tensor) -> float:
+        if self.phase.normalise == "batch_max":
+            return 1.0
+        flat = block_targets(layer.experts, x_TD, self.phase.target).flatten()
+        # kthvalue, not quantile: torch.quantile refuses more than 16 M elements.
+        return float(flat.kthvalue(max(1, int(0.999 * flat.numel()))).values.clamp_min(1e-12))
+
+    def training_step(self, batch_LTD: list[Tensor], _: int) -> Tensor:
+        """Sum over layers of the mean loss over tokens and blocks."""
+        losses = [
+            router_loss(
+                self.logits(layer, x_TD),
+                block_targets(layer.experts, x_TD, self.phase.target) / scale,
+                loss=self.phase.loss,
+                normalise=self.phase.normalise,
+                active_frac=self.phase.active_frac,
+            )
+            for layer, x_TD, scale in zip(self.layers, batch_LTD, self.scale_L, strict=True)
+        ]
+        return torch.stack(losses).sum()
+
+    def logits(self, layer: SparseFFN, x_TD: Tensor) -> Tensor:
+        """(T, B) float32 router outputs of one layer."""
+        assert layer.score is not None
+        return layer.score(x_TD, layer.experts)
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        if self.global_step % self.phase.validate_every_steps == 0 or self.global_step == self.phase.fit.steps:
+            self._validate()
+
+    @torch.no_grad()
+    def _validate(self) -> None:
+        for layer, x_TD, kept in zip(self.layers, self.held_LTD, self.kept, strict=True):
+            assert layer.score is not None
+            target_TB = block_targets(layer.experts, x_TD, self.phase.target)
+            mass = captured_mass(self.logits(layer, x_TD), target_TB, active_frac=self.phase.active_frac)
+            state = {key: value.detach().clone() for key, value in layer.score.state_dict().items()}
+            kept.append((float(mass), state))
+            kept.sort(key=lambda entry: entry[0], reverse=True)
+            del kept[2:]
+
+    def restore(self, keep: Literal["best", "second_best"]) -> list[float]:
+        """Put the kept routers back into the model; their captured mass on held-out rows, per layer, 0..1."""
+        masses = []
+        for layer, kept in zip(self.layers, self.kept, strict=True):
+            assert layer.score is not None
+            mass, state = kept[min(1, len(kept) - 1) if keep == "second_best" else 0]
+            layer.score.load_state_dict(state)
+            masses.append(mass)
+        return masses
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["kept"] = self.kept
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.kept = checkpoint["kept"]
+
+    def configure_optimizers(self) -> Optimizer:
+        return optimizer_of(self.parameters_, self.phase.fit)
+
+
+def router_loss(logits_TB: Tensor, target_TB: Tensor, *, loss: Loss, normalise: Normalise, active_frac: float) -> Tensor:
+    """Mean loss over tokens and blocks, float32. `target_TB` >= 0 is divided by its maximum for `batch_max`."""
+    if loss == "mse":
+        return F.mse_loss(logits_TB.abs(), target_TB)
+    if loss == "bce_multi_hot":
+        k = max(1, round(active_frac * target_TB.shape[1]))
+        hot_TB = torch.zeros_like(target_TB).scatter_(1, target_TB.topk(k, dim=1).indices, 1.0)
+        return F.binary_cross_entropy_with_logits(logits_TB, hot_TB)
+    soft_TB = target_TB / target_TB.max().clamp_min(1e-12) if normalise == "batch_max" else target_TB.clamp_max(1.0)
+    return F.binary_cross_entropy_with_logits(logits_TB, soft_TB)
+
+
+def held_out_rows(calibration: Calibration, split: Split, frac: float, seed: int) -> Tensor:
+    """Boolean (T,): the rows kept for choosing a router: random rows, the last ones, or whole windows."""
+    window_T = calibration.window_T()
+    generator = torch.Generator().manual_seed(seed)
+    if split == "tail":
+        return torch.arange(len(window_T)) >= len(window_T) - int(frac * len(window_T))
+    if split == "random":
+        return torch.rand(len(window_T), generator=generator) < frac
+    num_windows = int(window_T[-1]) + 1
+    held = torch.randperm(num_windows, generator=generator)[: max(1, round(frac * num_windows))]
+    return torch.isin(window_T, held)
+
+
