@@ -134,6 +134,20 @@ def test_works_on_the_meta_device(family: str) -> None:
     assert ffns[0].activation == find_ffns(tiny_model(family))[0].read().activation
 
 
+@pytest.mark.parametrize("family", ["llama", "phi3", "gpt2", "opt"])
+def test_released_weights_leave_the_model_and_are_found_still(family: str) -> None:
+    model = tiny_model(family)
+    site = find_ffns(model)[0]
+    ffn = site.read()
+    own = list(site.parameters())
+    assert sum(p.numel() for p in own) >= (3 if ffn.gated else 2) * 16 * TOY_WIDTH
+    site.release()
+    assert all(p.is_meta for p in site.parameters())
+    assert {id(p) for p in own}.isdisjoint(id(p) for p in model.parameters())
+    assert ffn(torch.ones(1, 16)).isfinite().all()
+    assert len(find_ffns(model)) == 2
+
+
 def test_activation_and_dropout_are_told() -> None:
     assert find_ffns(tiny_model("llama"))[0].read().activation == "silu"
     assert find_ffns(tiny_model("opt"))[0].read().activation == "relu"

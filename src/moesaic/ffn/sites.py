@@ -59,6 +59,19 @@ class FFNSite:
             dropout=self._dropout(),
         )
 
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """The parameters of its linear layers, each once."""
+        for name in self.pattern.linears.values():
+            yield from self._module(name).parameters()
+
+    def release(self) -> None:
+        """Give its weights back to the allocator: the layers stay, on the meta device, until they are replaced.
+
+        What `read()` returned earlier keeps them alive; a model with a released FFN cannot run.
+        """
+        for name in self.pattern.linears.values():
+            self._module(name).to("meta")
+
     @property
     def input_module(self) -> nn.Module:
         """The module whose forward gets the FFN's input (..., D) as its first argument, also after `replace`."""
@@ -90,8 +103,11 @@ class FFNSite:
         up = self._linear(self.pattern.up)
         return (None, None) if self.pattern.gate is None else self._linear(self.pattern.gate), up
 
+    def _module(self, part: str) -> nn.Module:
+        return self.root.get_submodule(f"{self.name}.{part}")
+
     def _linear(self, part: str) -> tuple[Tensor, Tensor | None]:
-        module = self.root.get_submodule(f"{self.name}.{part}")
+        module = self._module(part)
         if isinstance(module, Conv1D):
             return module.weight.mT, module.bias
         if isinstance(module, nn.Linear):
