@@ -77,13 +77,57 @@ class FitResult:
 
 
 def fit(module: LightningModule, batches: Batches, cfg: FitConfig, *, folder: Path, label: str) -> FitResult:
-    """Train `module` in place for `cfg.steps` and return the summary; continue from `folder/last.ckpt` if it is there."""
-    raise NotImplementedError
+    """Train `module` in place for `cfg.steps`; continue bit for bit from `folder/last.ckpt` if it is there.
+
+    The result is a function of `module`, `batches` and `cfg` alone: global random generators are seeded by
+    `batches.seed` for the time of the fit and restored. `batches` is read from its beginning, as many batches as the
+    steps need. Submodules stay in the train or eval mode that they are in. Parameters that are frozen when the fit
+    starts are not in the checkpoint. `training_step` returns the loss, or a dict of `loss` and scalars to record; state
+    that it changes must not change in `on_train_batch_end`, which a checkpoint precedes.
+    The checkpoint of the last step stays in the folder: whoever called deletes it once the result is safe.
+
+    Raises:
+        DivergedError: the loss is not finite.
+        CheckpointError: a checkpoint could not be written.
+        KeyboardInterrupt: after Ctrl-C, with a checkpoint of the last whole step.
+        SystemExit: code 143 after SIGTERM, with a checkpoint too unless it arrived between accumulated batches.
+    """
+    from moesaic.training.lightning import run
+
+    return run(module, batches, cfg, folder=folder, label=label)
 
 
 def optimizer_of(parameters: Iterable[Tensor] | Iterable[dict[str, Any]], cfg: FitConfig) -> dict[str, Any]:
-    """What `LightningModule.configure_optimizers` returns: the optimizer and its per-step schedule."""
-    raise NotImplementedError
+    """What `LightningModule.configure_optimizers` returns: the optimizer and its per-step schedule.
+
+    `parameters` are tensors, of which matrices decay and vectors (biases, norms) do not, or optimizer groups: dicts of
+    `params` and any of `lr`, `weight_decay`, `betas`, taken as they are. What is frozen is left out.
+
+    Raises:
+        ValueError: nothing is left to train.
+    """
+    import torch
+
+    groups = [group for group in map(_trainable, _groups(list(parameters), cfg)) if group["params"]]
+    if not groups:
+        raise ValueError("nothing to train: no parameter requires a gradient")
+    kind = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[cfg.optimizer]
+    optimizer = kind(groups, lr=cfg.lr, betas=cfg.betas, weight_decay=cfg.weight_decay)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_frac(step, cfg))
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def _groups(parameters: list[Any], cfg: FitConfig) -> list[dict[str, Any]]:
+    if parameters and isinstance(parameters[0], dict):
+        return parameters
+    return [
+        {"params": [p for p in parameters if p.ndim > 1]},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+
+
+def _trainable(group: dict[str, Any]) -> dict[str, Any]:
+    return {**group, "params": [p for p in group["params"] if p.requires_grad]}
 
 
 def learning_rate_frac(step: int, cfg: FitConfig) -> float:

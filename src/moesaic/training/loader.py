@@ -120,7 +120,7 @@ class RowBatches(Batches):
 
 
 class TokenBatches(RowBatches):
-    """Batches `{"input_ids": (batch_size, C) int64}` from token blocks (N, C) of any integer dtype, memmaps included."""
+    """Batches `{"input_ids": (batch_size, C) int64}` from token blocks (N, C) of any integer dtype."""
 
     def __init__(self, blocks_NC: Tensor | np.ndarray, *, batch_size: int, seed: int, steps: int | None = None) -> None:
         if blocks_NC.ndim != 2:
