@@ -1,0 +1,1 @@
+"""Stages with identities, their cache on disk, their status, and the record of an experiment."""
