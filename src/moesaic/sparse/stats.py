@@ -1,0 +1,84 @@
+"""What the neurons of a dense FFN do on calibration inputs: means and co-activation, computed chunk by chunk.
+
+Source: arXiv:2110.01786 sec. 3.2 (co-activation graph). Differs: |h| stands for h, so that gated FFNs count too.
+Shapes: T tokens, D model dim, F neurons, B blocks, S neurons per block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moesaic.ffn.dense import DenseFFN
+from moesaic.sparse.experts import Experts
+
+__all__ = ["NeuronStats", "block_means", "hidden_chunks"]
+
+_CHUNK_TOKENS = 4096
+_COUNTED_TOKENS = 8  # tokens whose products are summed before the released code cuts the sum at 1
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class NeuronStats:
+    """Statistics of the hidden activations h of `ffn` on calibration inputs `x_TD`; each call runs over all of them."""
+
+    ffn: DenseFFN
+    x_TD: Tensor
+
+    def __post_init__(self) -> None:
+        if not len(self.x_TD):
+            raise ValueError("no calibration tokens: statistics of neurons need at least one (calibration_tokens > 0).")
+
+    def mean_activation(self) -> Tensor:
+        """float32 (F,): mean of h over the tokens."""
+        return self._mean(lambda h_TF: h_TF)
+
+    def mean_abs(self) -> Tensor:
+        """float32 (F,): mean of |h| over the tokens."""
+        return self._mean(torch.abs)
+
+    def mean_abs_output(self) -> Tensor:
+        """float32 (F,): mean of |h_i| times the length of the neuron's down row: the size of what it adds."""
+        return self.mean_abs() * self.ffn.down_FD.detach().float().norm(dim=1)
+
+    def coactivation(self) -> Tensor:
+        """float32 (F, F), symmetric and >= 0: sum over the tokens of |h_i| |h_j|."""
+        total_FF = torch.zeros(self.ffn.width, self.ffn.width, device=self.ffn.up_FD.device)
+        for h_TF in hidden_chunks(self.ffn, self.x_TD):
+            abs_TF = h_TF.abs()
+            total_FF.addmm_(abs_TF.mT, abs_TF)
+        return total_FF
+
+    def clamped_coactivation(self) -> Tensor:
+        """Like `coactivation`, but the sum of every 8 tokens is cut at 1, as in the released code (slow: F^2 per 8)."""
+        total_FF = torch.zeros(self.ffn.width, self.ffn.width, device=self.ffn.up_FD.device)
+        for h_TF in hidden_chunks(self.ffn, self.x_TD):
+            for few_TF in h_TF.abs().split(_COUNTED_TOKENS):
+                total_FF += (few_TF.mT @ few_TF).clamp_(max=1.0)
+        return total_FF
+
+    def _mean(self, of: Callable[[Tensor], Tensor]) -> Tensor:
+        total_F = torch.zeros(self.ffn.width, dtype=torch.float64, device=self.ffn.up_FD.device)
+        for h_TF in hidden_chunks(self.ffn, self.x_TD):
+            total_F += of(h_TF).sum(0, dtype=torch.float64)
+        return (total_F / len(self.x_TD)).float()
+
+
+def hidden_chunks(ffn: DenseFFN, x_TD: Tensor) -> Iterator[Tensor]:
+    """Hidden activations (t, F) of up to 4096 tokens at a time: computed in the FFN's dtype, handed out in float32."""
+    with torch.no_grad():
+        for chunk_TD in x_TD.split(_CHUNK_TOKENS):
+            yield ffn.hidden(chunk_TD.to(ffn.up_FD)).float()
+
+
+def block_means(experts: Experts, x_TD: Tensor) -> Tensor:
+    """float32 (B, D): each block's mean output over the tokens, output bias excluded.
+
+    The down matrix is linear, so this is the block's mean activation times it.
+    """
+    mean_F = NeuronStats(experts.dense_ffn(), x_TD).mean_activation()
+    mean_BS = mean_F.view(experts.num_blocks, experts.block_size)
+    return torch.einsum("bs,bsd->bd", mean_BS, experts.down_BSD.detach().float())
