@@ -1,0 +1,234 @@
+"""pareto.png: the fronts as a still picture, one panel per speed cell."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patheffects import withStroke
+from matplotlib.ticker import FuncFormatter, NullLocator
+from matplotlib.transforms import Bbox
+
+from moesaic.report import format as fmt
+from moesaic.report.columns import Quality
+from moesaic.report.front import cell_label, dense_quality
+from moesaic.report.palette import Mark, marks
+from moesaic.report.summary import CELL_KEYS, DENSE_METHODS
+from moesaic.runs.atomic import open_atomic
+
+__all__ = ["DPI", "STYLE", "draw_fronts", "empty_figure", "save_png"]
+
+STYLE = {
+    "font.size": 9.5,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#8a8a8a",
+    "axes.labelcolor": "#333333",
+    "xtick.color": "#555555",
+    "ytick.color": "#555555",
+    "axes.titlesize": 10.5,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.grid": True,
+    "grid.color": "#ececec",
+    "axes.axisbelow": True,
+}
+DPI = 160
+_PANEL_INCHES = (4.9, 3.7)
+_LOG_SPAN = 4.0  # largest / smallest value above which a loss axis is logarithmic
+
+
+def save_png(figure: Figure, path: Path) -> None:
+    """Write `figure` to `path` in one step."""
+    with open_atomic(path) as file:
+        FigureCanvasAgg(figure).print_png(file)
+
+
+def draw_fronts(candidates: pd.DataFrame, quality: Quality) -> Figure:
+    """One panel per setting, phase (rows) and speed cell (columns): measured ratio across, quality up.
+
+    `candidates` is what `fronts(table, quality)` gives. Without timed points the figure says so.
+    """
+    with matplotlib.rc_context(STYLE):
+        rows = list(_panel_rows(candidates))
+        if not rows:
+            return empty_figure("No point has both a quality and a measured time.")
+        columns = max(len(cells) for _, cells in rows)
+        width, height = _PANEL_INCHES
+        figure = Figure(figsize=(width * columns, height * len(rows) + 0.9), dpi=DPI, layout="constrained")
+        styles = marks(zip(candidates["label"], candidates["method"], strict=True))
+        several = candidates["setting"].nunique() > 1
+        panels = []
+        for number, (setting, cells) in enumerate(rows):
+            for column, points in enumerate(cells):
+                axes = figure.add_subplot(len(rows), columns, number * columns + column + 1)
+                _panel(axes, points, quality, styles, setting if several else "")
+                panels.append((axes, points))
+        _legend(figure, styles)
+        figure.suptitle(_heading(candidates), x=0.01, ha="left", fontsize=11)
+        FigureCanvasAgg(figure).draw()
+        figure.set_layout_engine("none")
+        for axes, points in panels:
+            _label_shares(axes, points)
+        return figure
+
+
+def _heading(candidates: pd.DataFrame) -> str:
+    """What all panels share: the model and machine where there is one, seeds, and what the bars are."""
+    parts = [str(candidates[name].iloc[0]) for name in ("model", "machine") if candidates[name].nunique() == 1]
+    seeds = candidates["seeds"]
+    parts.append(f"{seeds.max()} seeds" if seeds.min() == seeds.max() > 1 else f"{seeds.min()}–{seeds.max()} seeds")
+    if seeds.max() == 1:
+        parts[-1] = "1 seed"
+    over = " and ".join(candidates["ratio_interval_over"].dropna().unique())
+    return " · ".join(parts) + (f" · bars: 95 % over {over}" if over else "")
+
+
+def _panel_rows(candidates: pd.DataFrame) -> Iterator[tuple[str, list[pd.DataFrame]]]:
+    for setting, mine in candidates.groupby("setting", sort=False):
+        for phase in ("prefill", "decode"):
+            of_phase = mine[mine["phase"] == phase].sort_values(["batch_size", "tokens"], kind="stable")
+            cells = [cell for _, cell in of_phase.groupby(list(CELL_KEYS), dropna=False, sort=False)]
+            if cells:
+                yield str(setting), cells
+
+
+def _panel(axes: Axes, points: pd.DataFrame, quality: Quality, styles: Mapping[str, Mark], setting: str) -> None:
+    first = points.iloc[0]
+    title = cell_label(*(first[key] for key in CELL_KEYS))
+    axes.set_title(f"{setting}\n{title}" if setting else title)
+    dense = dense_quality(points)
+    axes.axvline(1.0, color="#b0b0b0", linewidth=1, linestyle=(0, (4, 3)), zorder=1)
+    if not pd.isna(dense):
+        axes.axhline(dense, color="#b0b0b0", linewidth=1, linestyle=(0, (4, 3)), zorder=1)
+    _front_line(axes, points[points["on_front"]])
+    for label, curve in points.groupby("label", sort=False):
+        _curve(axes, curve.sort_values("ratio"), styles[str(label)], quality)
+    _quality_axis(axes, points, quality)
+    axes.set_xlabel("measured time / dense time  (left is faster)")
+    axes.set_ylabel(f"{quality.label}  ({'higher' if quality.maximise else 'lower'} is better)")
+    axes.margins(x=0.09, y=0.12)
+
+
+def _front_line(axes: Axes, front: pd.DataFrame) -> None:
+    ordered = front.sort_values(["ratio", "value"])
+    axes.plot(
+        ordered["ratio"], ordered["value"], drawstyle="steps-post", color="#f0b400", linewidth=5, alpha=0.45, zorder=2,
+        solid_capstyle="round",
+    )  # fmt: skip
+
+
+def _curve(axes: Axes, curve: pd.DataFrame, mark: Mark, quality: Quality) -> None:
+    axes.plot(curve["ratio"], curve["value"], color=mark.light, linewidth=1, alpha=0.55, zorder=3)
+    axes.errorbar(
+        curve["ratio"],
+        curve["value"],
+        xerr=_arms(curve, "ratio"),
+        yerr=_arms(curve, "value"),
+        fmt="none",
+        ecolor=mark.light,
+        elinewidth=1,
+        alpha=0.7,
+        zorder=4,
+    )
+    size = 12 if mark.marker == "*" else 7
+    axes.plot(
+        curve["ratio"], curve["value"], linestyle="none", marker=mark.marker, markersize=size, zorder=5,
+        markerfacecolor=mark.light, markeredgecolor="white", markeredgewidth=0.9,
+    )  # fmt: skip
+    routed = curve[~curve["method"].isin(DENSE_METHODS)]
+    axes.hlines(
+        routed["value"], routed["ideal_ratio"], routed["ratio"], color=mark.light, linewidth=0.8, alpha=0.6,
+        linestyle=(0, (1, 3)), zorder=3,
+    )  # fmt: skip
+    axes.plot(
+        routed["ideal_ratio"], routed["value"], linestyle="none", marker="|", markersize=9, markeredgewidth=1.6,
+        color=mark.light, alpha=0.75, zorder=4,
+    )  # fmt: skip
+
+
+def _arms(curve: pd.DataFrame, column: str) -> list[pd.Series]:
+    """Lengths of the lower and upper error bar; 0 where there is no interval."""
+    return [
+        (curve[column] - curve[f"{column}_low"]).clip(lower=0).fillna(0),
+        (curve[f"{column}_high"] - curve[column]).clip(lower=0).fillna(0),
+    ]
+
+
+def _quality_axis(axes: Axes, points: pd.DataFrame, quality: Quality) -> None:
+    if quality.column.endswith("_frac"):
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: fmt.percent(value)))
+        return
+    low, high = points["value"].min(), points["value"].max()
+    if low > 0 and high / low > _LOG_SPAN:
+        axes.set_yscale("log")
+        axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+
+
+# Offsets in points and alignments that are tried in turn for a point's label.
+_PLACES = (
+    (0, 6, "center", "bottom"),
+    (0, -6, "center", "top"),
+    (7, 4, "left", "bottom"),
+    (-7, -4, "right", "top"),
+    (-7, 4, "right", "bottom"),
+    (7, -4, "left", "top"),
+)
+
+
+def _label_shares(axes: Axes, points: pd.DataFrame) -> None:
+    """Write the active share beside each routed point, where there is room for it. The layout must be final."""
+    rows = points.to_dict("records")
+    positions = [axes.transData.transform((row["ratio"], row["value"])) for row in rows]
+    ticks = [axes.transData.transform((row["ideal_ratio"], row["value"])) for row in rows]
+    taken = [Bbox.from_bounds(x - 7, y - 7, 14, 14) for x, y in positions]
+    taken += [Bbox.from_bounds(x - 2, y - 8, 4, 16) for x, y in ticks if x == x]
+    taken += [_bar_box(axes, row, position) for row, position in zip(rows, positions, strict=True)]
+    for row in points[~points["method"].isin(DENSE_METHODS)].to_dict("records"):
+        for dx, dy, across, up in _PLACES:
+            note = axes.annotate(
+                fmt.percent(row["active_ffn_frac"], 0), (row["ratio"], row["value"]), xytext=(dx, dy),
+                textcoords="offset points", ha=across, va=up, fontsize=7.5, color="#4a4a4a", zorder=6,
+                path_effects=[withStroke(linewidth=2, foreground="white")],
+            )  # fmt: skip
+            box = note.get_window_extent()
+            if not any(box.overlaps(other) for other in taken) and axes.bbox.containsx(box.x0) and axes.bbox.containsx(box.x1):
+                taken.append(box)
+                break
+            note.remove()
+
+
+def _bar_box(axes: Axes, row: Mapping[Any, Any], position: Any) -> Bbox:
+    """Where the vertical error bar of a point is, in pixels."""
+    low, high = (row[end] if row[end] == row[end] else row["value"] for end in ("value_low", "value_high"))
+    bottom, top = (axes.transData.transform((row["ratio"], value))[1] for value in (low, high))
+    return Bbox.from_extents(position[0] - 1, bottom, position[0] + 1, top)
+
+
+def _legend(figure: Figure, styles: Mapping[str, Mark]) -> None:
+    entries: list[Line2D] = [
+        Line2D([], [], color=mark.light, marker=mark.marker, linewidth=1, markeredgecolor="white", label=label,
+               markersize=11 if mark.marker == "*" else 7)
+        for label, mark in styles.items()
+    ]  # fmt: skip
+    entries += [
+        Line2D([], [], color="#f0b400", linewidth=5, alpha=0.45, label="Pareto front"),
+        Line2D([], [], color="#777777", linestyle="none", marker="|", markersize=9, label="ideal ratio (cost model)"),
+        Line2D([], [], color="#b0b0b0", linestyle=(0, (4, 3)), label="dense model"),
+    ]
+    figure.legend(handles=entries, loc="outside lower center", ncols=min(4, len(entries)), frameon=False, fontsize=9)
+
+
+def empty_figure(text: str) -> Figure:
+    """A small picture that says why there is nothing to draw."""
+    figure = Figure(figsize=(6, 2), dpi=DPI)
+    figure.text(0.5, 0.5, text, ha="center", va="center", color="#555555")
+    return figure

@@ -1,0 +1,374 @@
+"use strict";
+
+const data = JSON.parse(document.getElementById("data").textContent);
+const $ = (id) => document.getElementById(id);
+const GLYPHS = {
+  star: "★", x: "✖", square: "■", "triangle-down": "▼", circle: "●", diamond: "◆", "triangle-up": "▲", pentagon: "⬟",
+  hexagon: "⬢", "circle-open": "○", "diamond-open": "◇", "x-thin-open": "✕",
+};
+const hidden = new Set();
+let sorting = { key: null, descending: false };
+
+const color = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+const dark = () => document.documentElement.dataset.theme === "dark";
+const shade = (style) => (dark() ? style.dark : style.light);
+const missing = (value) => value === null || value === undefined;
+
+function number(value, digits = 4) {
+  if (missing(value)) return "—";
+  if (value !== 0 && Math.abs(value) >= 1e6) return value.toExponential(2);
+  const whole = Math.trunc(Math.abs(value)).toString().length;
+  return value.toLocaleString("en", {
+    minimumFractionDigits: Math.max(0, digits - whole), maximumFractionDigits: Math.max(0, digits - whole),
+  });
+}
+const percent = (value) => (missing(value) ? "—" : `${+(100 * value).toFixed(1)} %`);
+const times = (value) => (missing(value) ? "—" : value.toFixed(2));
+const written = (value, quality) => (quality.percent ? percent(value) : number(value));
+const range = (low, high, write) => (missing(low) || missing(high) ? "" : `${write(low)} – ${write(high)}`);
+
+function option(select, value, text) {
+  const node = document.createElement("option");
+  node.value = value;
+  node.textContent = text;
+  select.append(node);
+}
+
+function chosen() {
+  return {
+    setting: $("setting").value,
+    cell: data.cells.find((cell) => String(cell.id) === $("cell").value) || null,
+    quality: data.qualities.find((quality) => quality.name === $("quality").value),
+  };
+}
+
+/** Timed points of the chosen cell. */
+function candidates() {
+  const { cell, quality } = chosen();
+  return data.points.filter((point) => cell && point.cell === cell.id && point.quality[quality.name]);
+}
+
+/** Everything that the table lists: timed points, then those of the same model that were not timed here. */
+function listed() {
+  const { setting, cell } = chosen();
+  const timed = data.points.filter((point) => cell && point.cell === cell.id);
+  const seen = new Set(timed.map((point) => point.key));
+  const model = data.models[setting];
+  return timed.concat(data.points.filter((point) => point.cell === null && point.model === model && !seen.has(point.key)));
+}
+
+function axis(title, extra = {}) {
+  return {
+    title: { text: title, standoff: 12 }, gridcolor: color("--grid"), linecolor: color("--line"), zeroline: false,
+    automargin: true, tickfont: { color: color("--quiet") }, ...extra,
+  };
+}
+
+function layout(extra) {
+  return {
+    paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", showlegend: false, hovermode: "closest",
+    font: { family: getComputedStyle(document.body).fontFamily, color: color("--ink"), size: 13 },
+    hoverlabel: { bgcolor: color("--raised"), bordercolor: color("--line"), font: { color: color("--ink"), size: 12.5 }, align: "left" },
+    margin: { l: 58, r: 14, t: 12, b: 48 }, dragmode: false, ...extra,
+  };
+}
+
+function hover(point, quality) {
+  const value = point.quality[quality.name];
+  const write = (v) => written(v, quality);
+  const lines = [`<b>${point.label}</b> ${point.budget === "—" ? "" : point.budget}`, `active FFN ${percent(point.active)}`];
+  lines.push(`${quality.label} ${write(value.value)} ${range(value.low, value.high, write)}`);
+  if (point.dense) lines.push("time: the dense arm itself, ratio 1 by definition");
+  else {
+    lines.push(`time / dense ${times(point.ratio)} ${range(point.low, point.high, times)} (${(1 / point.ratio).toFixed(2)}× as fast)`);
+    lines.push(`ideal ${times(point.ideal)}, captured ${percent(point.captured)}`);
+    if (!missing(point.sparse_ms)) lines.push(`${number(point.sparse_ms, 3)} ms, dense ${number(point.dense_ms, 3)} ms`);
+    if (!missing(point.all_blocks)) lines.push(`all blocks on ${times(point.all_blocks)}`);
+    if (point.executor) lines.push(`executor ${point.executor}`);
+  }
+  lines.push(`${point.seeds} seed${point.seeds === 1 ? "" : "s"}${point.over ? `, time interval over ${point.over}` : ""}`);
+  lines.push(value.on_front ? "<b>on the front</b>" : "dominated");
+  if (!missing(value.membership)) lines.push(`on the front in ${percent(value.membership)} of seed resamples`);
+  return lines.join("<br>");
+}
+
+function bars(values, lows, highs, tint) {
+  const arms = (ends, sign) => values.map((value, i) => (missing(ends[i]) ? 0 : Math.max(0, sign * (ends[i] - value))));
+  return { type: "data", symmetric: false, array: arms(highs, 1), arrayminus: arms(lows, -1), color: tint, thickness: 1.2, width: 0 };
+}
+
+function methodTrace(label, points, quality) {
+  const style = data.styles[label];
+  const tint = shade(style);
+  const value = (point) => point.quality[quality.name];
+  const x = points.map((point) => point.ratio);
+  const y = points.map((point) => value(point).value);
+  return {
+    type: "scatter", mode: "lines+markers", name: label, x, y, text: points.map((point) => hover(point, quality)),
+    hovertemplate: "%{text}<extra></extra>", line: { color: tint, width: 1 },
+    marker: { color: tint, symbol: style.symbol, size: style.symbol === "star" ? 15 : 11, line: { color: color("--ground"), width: 1.2 } },
+    error_x: bars(x, points.map((point) => point.low), points.map((point) => point.high), tint),
+    error_y: bars(y, points.map((point) => value(point).low), points.map((point) => value(point).high), tint),
+  };
+}
+
+function idealTraces(points, quality) {
+  const routed = points.filter((point) => !missing(point.ideal));
+  const y = (point) => point.quality[quality.name].value;
+  return [{
+    type: "scatter", mode: "lines", name: "to ideal", hoverinfo: "skip", line: { color: color("--quiet"), width: 1, dash: "dot" },
+    x: routed.flatMap((point) => [point.ideal, point.ratio, null]), y: routed.flatMap((point) => [y(point), y(point), null]),
+  }, {
+    type: "scatter", mode: "markers", name: "ideal", x: routed.map((point) => point.ideal), y: routed.map(y),
+    text: routed.map((point) => `${point.label} ${point.budget}: ideal ratio ${times(point.ideal)}`),
+    hovertemplate: "%{text}<extra></extra>",
+    marker: { symbol: "line-ns-open", size: 11, color: routed.map((point) => shade(data.styles[point.label])), line: { width: 2 } },
+  }];
+}
+
+function frontTrace(points, quality) {
+  const front = points.filter((point) => point.quality[quality.name].on_front)
+    .sort((a, b) => a.ratio - b.ratio || b.quality[quality.name].value - a.quality[quality.name].value);
+  return {
+    type: "scatter", mode: "lines", name: "front", hoverinfo: "skip", line: { shape: "hv", width: 7, color: color("--front") },
+    x: front.map((point) => point.ratio), y: front.map((point) => point.quality[quality.name].value),
+  };
+}
+
+function qualityAxis(points, quality) {
+  const values = points.map((point) => point.quality[quality.name].value);
+  const wide = !quality.percent && Math.min(...values) > 0 && Math.max(...values) / Math.min(...values) > 4;
+  return axis(`${quality.label} (${quality.maximise ? "higher" : "lower"} is better)`,
+    { type: wide ? "log" : "linear", tickformat: quality.percent ? ".0%" : "", ...(wide ? { dtick: "D2" } : {}) });
+}
+
+function drawFront() {
+  const { quality } = chosen();
+  const all = candidates();
+  const points = all.filter((point) => !hidden.has(point.label));
+  const labels = [...new Set(points.map((point) => point.label))];
+  const traces = [frontTrace(all, quality), ...($("ideal").checked ? idealTraces(points, quality) : []),
+    ...labels.map((label) => methodTrace(label, points.filter((point) => point.label === label), quality))];
+  const dense = all.find((point) => point.method === "dense");
+  const rule = { type: "line", line: { color: color("--quiet"), width: 1, dash: "dash" }, layer: "below" };
+  const shapes = [{ ...rule, x0: 1, x1: 1, yref: "paper", y0: 0, y1: 1 }];
+  if (dense) {
+    const level = dense.quality[quality.name].value;
+    shapes.push({ ...rule, xref: "paper", x0: 0, x1: 1, y0: level, y1: level });
+  }
+  const look = layout({ shapes, xaxis: axis("measured time / dense time (left is faster)"), yaxis: qualityAxis(points, quality) });
+  noteFront(all, quality);
+  return Plotly.react("front", traces, look, { responsive: true, displaylogo: false, displayModeBar: false });
+}
+
+function noteFront(points, quality) {
+  const { cell } = chosen();
+  if (!points.length) {
+    $("front-note").textContent = "Nothing here has both this quality and a measured time.";
+    return;
+  }
+  const volume = data.volumes.find((entry) => entry.cell === cell.id && entry.quality === quality.name);
+  const text = [`${points.filter((point) => point.quality[quality.name].on_front).length} of ${points.length} points are on the front.`];
+  if (volume && !missing(volume.value)) {
+    text.push(`Hypervolume ${times(volume.value)}, dense alone ${times(volume.dense)} (${data.reference}).`);
+  }
+  text.push(`Timed on ${cell.machine}. Dashed: the dense model.`);
+  $("front-note").textContent = text.join(" ");
+}
+
+/** Columns of the table: heading, value to sort by, text, and small print. */
+function columns() {
+  const { quality } = chosen();
+  const others = data.qualities.filter((other) => other !== quality);
+  const qualityColumn = (one) => ({
+    key: one.name, head: one.label, value: (point) => point.quality[one.name]?.value,
+    text: (point) => written(point.quality[one.name]?.value, one),
+    small: (point) => range(point.quality[one.name]?.low, point.quality[one.name]?.high, (v) => written(v, one)),
+  });
+  const plain = (key, head, write) => ({ key, head, value: (point) => point[key], text: (point) => write(point[key]) });
+  return [
+    { key: "label", head: "method", words: true, value: (point) => point.label, text: (point) => point.label },
+    { key: "budget", head: "budget", value: (point) => point.budget_value, text: (point) => point.budget },
+    plain("active", "active\nFFN", percent),
+    { key: "front", head: "front", value: (point) => Number(point.quality[quality.name]?.on_front || 0),
+      text: (point) => (point.quality[quality.name]?.on_front ? "● yes" : missing(point.ratio) ? "—" : "no"),
+      style: (point) => (point.quality[quality.name]?.on_front ? "onfront" : "") },
+    qualityColumn(quality),
+    { key: "ratio", head: "time /\ndense", value: (point) => point.ratio, text: (point) => times(point.ratio),
+      small: (point) => range(point.low, point.high, times) },
+    plain("ideal", "ideal\nratio", times),
+    plain("captured", "captured\nshare", percent),
+    plain("all_blocks", "all blocks\non", times),
+    plain("flops", "model FLOPs\n/ dense", times),
+    plain("sparse_ms", "sparse\nms", (value) => number(value, 3)),
+    plain("dense_ms", "dense\nms", (value) => number(value, 3)),
+    ...others.map(qualityColumn),
+    { key: "executor", head: "executor", words: true, value: (point) => point.executor || "", text: (point) => point.executor || "—" },
+    plain("seeds", "seeds", String),
+  ];
+}
+
+function drawTable() {
+  const shown = columns();
+  const rows = listed().filter((point) => !hidden.has(point.label));
+  const by = shown.find((column) => column.key === sorting.key);
+  if (by) rows.sort((a, b) => compare(by.value(a), by.value(b), sorting.descending));
+  const table = $("points");
+  const focused = document.activeElement?.dataset?.key;
+  table.replaceChildren(tableHead(shown), tableBody(shown, rows));
+  if (focused) table.querySelector(`button[data-key="${CSS.escape(focused)}"]`)?.focus();
+}
+
+function compare(a, b, descending) {
+  if (missing(a) || missing(b)) return missing(a) - missing(b);
+  const order = typeof a === "string" ? a.localeCompare(b) : a - b;
+  return descending ? -order : order;
+}
+
+function tableHead(shown) {
+  const head = document.createElement("thead");
+  const row = head.insertRow();
+  for (const column of shown) {
+    const cell = document.createElement("th");
+    cell.scope = "col";
+    if (column.words) cell.className = "text";
+    cell.setAttribute("aria-sort", sorting.key !== column.key ? "none" : sorting.descending ? "descending" : "ascending");
+    const button = document.createElement("button");
+    button.type = "button";
+    button.dataset.key = column.key;
+    button.textContent = column.head;
+    button.addEventListener("click", () => {
+      sorting = { key: column.key, descending: sorting.key === column.key && !sorting.descending };
+      drawTable();
+    });
+    cell.append(button);
+    row.append(cell);
+  }
+  return head;
+}
+
+function tableBody(shown, rows) {
+  const body = document.createElement("tbody");
+  for (const point of rows) {
+    const row = body.insertRow();
+    for (const column of shown) {
+      const cell = document.createElement(column.key === "label" ? "th" : "td");
+      if (column.key === "label") cell.scope = "row";
+      cell.textContent = column.text(point);
+      cell.className = [column.words ? "text" : "", column.style?.(point) || "", cell.textContent === "—" ? "missing" : ""].join(" ").trim();
+      const small = column.small?.(point);
+      if (small) cell.append(Object.assign(document.createElement("small"), { textContent: small }));
+      row.append(cell);
+    }
+  }
+  return body;
+}
+
+function drawGaps() {
+  const model = data.models[$("setting").value];
+  const gaps = data.gaps.find((entry) => entry.model === model);
+  $("gaps").hidden = $("rungs").hidden = !gaps;
+  if (!gaps) return Promise.resolve();
+  const narrow = window.innerWidth < 640;
+  const names = gaps.rows.map((row) => (narrow ? row.name.replace("  ", "<br>") : row.name));
+  const beyond = (value) => !missing(gaps.limit) && (value - gaps.dense) * Math.sign(gaps.limit - gaps.dense) > Math.abs(gaps.limit - gaps.dense);
+  const traces = data.rungs.map((rung) => {
+    const kept = gaps.rows.map((row, i) => [row.values[rung.rung], names[i]]).filter(([value]) => !missing(value));
+    return {
+      type: "scatter", mode: "markers", name: rung.label, x: kept.map(([value]) => (beyond(value) ? gaps.limit : value)),
+      y: kept.map(([, name]) => name), text: kept.map(([value]) => `${rung.label} ${number(value)}`),
+      hovertemplate: "%{y}<br>%{text}<extra></extra>", cliponaxis: false,
+      marker: { color: shade(rung), size: 12, line: { color: shade(rung), width: 2 },
+        symbol: kept.map(([value]) => (beyond(value) ? (gaps.limit > gaps.dense ? "triangle-right" : "triangle-left") : rung.symbol)) },
+    };
+  });
+  const rule = (level, dash) => ({ type: "line", yref: "paper", y0: 0, y1: 1, x0: level, x1: level, layer: "below", line: { color: color("--quiet"), width: 1.5, dash } });
+  const shapes = [];
+  if (!missing(gaps.dense)) shapes.push(rule(gaps.dense, "solid"));
+  if (!missing(gaps.dense_same_tokens)) shapes.push(rule(gaps.dense_same_tokens, "dash"));
+  const height = 90 + (narrow ? 46 : 34) * names.length;
+  $("gaps").style.height = `${height}px`;
+  return Plotly.react("gaps", traces, layout({
+    shapes, height, xaxis: axis(`${gaps.quality} (${gaps.maximise ? "right" : "left"} is better)`),
+    yaxis: axis("", { autorange: "reversed", type: "category", categoryorder: "array", categoryarray: names, tickfont: { color: color("--ink") } }),
+  }), { responsive: true, displaylogo: false, displayModeBar: false });
+}
+
+function swatch(glyph, tint) {
+  const node = Object.assign(document.createElement("span"), { className: "swatch", textContent: glyph });
+  node.setAttribute("aria-hidden", "true");
+  node.style.color = tint;
+  return node;
+}
+
+function drawLegends() {
+  const model = data.models[$("setting").value];
+  const labels = data.labels.filter((label) => data.points.some((point) => point.label === label && point.model === model));
+  const entries = labels.map((label) => {
+    const box = Object.assign(document.createElement("input"), { type: "checkbox", checked: !hidden.has(label) });
+    box.addEventListener("change", () => { hidden[box.checked ? "delete" : "add"](label); drawFront(); drawTable(); });
+    const node = document.createElement("label");
+    node.append(box, swatch(GLYPHS[data.styles[label].symbol], shade(data.styles[label])), label);
+    return node;
+  });
+  $("methods").replaceChildren($("methods").firstElementChild, ...entries, entry("swatch line", "Pareto front"));
+  const rungs = data.rungs.map((rung) => {
+    const node = Object.assign(document.createElement("span"), { className: "entry" });
+    node.append(swatch(GLYPHS[rung.symbol], shade(rung)), rung.label);
+    return node;
+  });
+  $("rungs").replaceChildren(...rungs, entry("swatch rule", "dense"), entry("swatch rule dashed", "dense_same_tokens"));
+}
+
+function entry(look, text) {
+  const node = Object.assign(document.createElement("span"), { className: "entry" });
+  node.append(Object.assign(document.createElement("span"), { className: look }), text);
+  return node;
+}
+
+function fillCells() {
+  const before = chosen().cell?.label;
+  $("cell").replaceChildren();
+  const cells = data.cells.filter((cell) => cell.setting === $("setting").value);
+  for (const cell of cells) option($("cell"), cell.id, cell.label);
+  const same = cells.find((cell) => cell.label === before);
+  if (same) $("cell").value = same.id;
+}
+
+function draw() {
+  drawLegends();
+  drawTable();
+  return Promise.all([drawFront(), drawGaps()]);
+}
+
+function setTheme(theme) {
+  document.documentElement.dataset.theme = theme;
+  $("theme").textContent = theme === "dark" ? "Light" : "Dark";
+  $("theme").setAttribute("aria-pressed", String(theme === "dark"));
+}
+
+async function loadPlotly() {
+  const bytes = Uint8Array.from(atob($("plotly").textContent), (letter) => letter.charCodeAt(0));
+  const text = await new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"))).text();
+  const script = document.createElement("script");
+  script.textContent = text;
+  document.head.append(script);
+}
+
+async function start() {
+  setTheme(window.matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light");
+  for (const setting of data.settings) option($("setting"), setting, setting);
+  for (const quality of data.qualities) option($("quality"), quality.name, quality.label);
+  $("quality").value = data.quality;
+  $("setting").parentElement.hidden = data.settings.length < 2;
+  fillCells();
+  $("setting").addEventListener("change", () => { fillCells(); draw(); });
+  for (const id of ["cell", "quality"]) $(id).addEventListener("change", () => { drawFront(); drawTable(); });
+  $("ideal").addEventListener("change", drawFront);
+  $("theme").addEventListener("click", () => { setTheme(dark() ? "light" : "dark"); draw(); });
+  await loadPlotly();
+  await draw();
+  document.body.dataset.ready = "1";
+}
+
+start();

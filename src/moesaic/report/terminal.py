@@ -1,0 +1,143 @@
+"""The results as a table in the terminal: quality beside measured and ideal time, and what lies on the front."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pandas as pd
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from moesaic.report import format as fmt
+from moesaic.report.columns import Quality, qualities
+from moesaic.report.front import cell_label
+from moesaic.report.load import LoadedRuns
+from moesaic.report.summary import CELL_KEYS, deployed, failures, in_reading_order, summarise_points
+from moesaic.report.write import ReportFiles
+
+__all__ = ["headline_cells", "print_files", "print_results", "results_tables"]
+
+_ON_FRONT = "●"
+_WIDE = 112  # characters; in a narrower terminal a point takes three lines
+_LONGEST_KNOB = 5  # a longer name would widen the whole table; the page shows it
+
+
+def results_tables(table: pd.DataFrame, candidates: pd.DataFrame, quality: Quality, *, width: int = 120) -> list[Table]:
+    """One rich table per setting, for a terminal of `width` characters. `candidates`: what `fronts` gives.
+
+    Each phase is shown at its smallest batch; the other cells are in the report.
+    """
+    narrow = width < _WIDE
+    extra = [found for found in qualities(table.columns) if found.maximise and found != quality][:1]
+    settings = table[["model", "setting"]].drop_duplicates().to_dict("records")
+    points = in_reading_order(deployed(summarise_points(table)))
+    tables = []
+    for names in settings:
+        mine = candidates[candidates["setting"] == names["setting"]]
+        if len(mine) or len(settings) == 1:
+            rows = points[points["model"] == names["model"]]
+            tables.append(_table(str(names["setting"]), rows, mine, [quality, *extra], narrow))
+    return tables
+
+
+def print_results(console: Console, runs: LoadedRuns, candidates: pd.DataFrame, quality: Quality) -> None:
+    """Print the tables, then what failed and what was skipped."""
+    for table in results_tables(runs.table, candidates, quality, width=console.width):
+        console.print(table)
+    for row in failures(runs.table).to_dict("records"):
+        name = f"{row['label']} {fmt.budget('', row['budget'])} ({row['arm']}, seed {row['seed']})"
+        console.print(f"no result: {name}: {row['failure_reason']}", style="yellow", markup=False)
+    for stage in runs.failed_stages:
+        console.print(f"failed: {stage.path}: {stage.reason}", style="yellow", markup=False)
+    for entry in runs.skipped:
+        console.print(f"skipped: {entry.path}: {entry.reason}", style="yellow", markup=False)
+
+
+def print_files(console: Console, files: ReportFiles) -> None:
+    """Print where each part of the report is."""
+    for path, meaning in (
+        (files.page, "interactive report, one file, no network"),
+        (files.pareto, "Pareto fronts"),
+        (files.gaps, "where the loss comes from"),
+        (files.parquet, "tidy table"),
+        (files.csv, "the same table as text"),
+    ):
+        console.print(f"{path}", style="bold", markup=False, highlight=False, soft_wrap=True, end="")
+        console.print(f"  {meaning}", highlight=False, soft_wrap=True)
+
+
+def headline_cells(candidates: pd.DataFrame) -> list[dict[str, Any]]:
+    """The cell of each phase with the smallest batch, prefill first."""
+    cells = candidates[list(CELL_KEYS)].drop_duplicates().sort_values(["batch_size", "tokens", "context_tokens"])
+    first = cells.drop_duplicates("phase").sort_values("phase", ascending=False)
+    return [{str(key): value for key, value in row.items()} for row in first.to_dict("records")]
+
+
+def _table(
+    setting: str, points: pd.DataFrame, candidates: pd.DataFrame, shown: list[Quality], narrow: bool
+) -> Table:
+    cells = headline_cells(candidates)
+    table = Table(title=setting, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
+    table.padding, table.collapse_padding = (0, 1, 0, 0), True
+    table.caption, table.caption_justify = _caption(points, cells), "left"
+    table.add_column("method", overflow="fold", min_width=12)
+    for heading in _headings(cells, shown, narrow):
+        table.add_column(heading, justify="right", no_wrap=True)
+    previous = None
+    for row in points.to_dict("records"):
+        if previous not in (None, row["label"]):
+            table.add_section()
+        label = "" if previous == row["label"] else str(row["label"])
+        previous = row["label"]
+        found = [_candidate(candidates, row, cell) for cell in cells]
+        speed = [part for candidate in found for part in _speed_of(candidate, narrow)]
+        table.add_row(label, *_quality_of(row, shown), *speed)
+    return table
+
+
+def _headings(cells: list[dict[str, Any]], shown: list[Quality], narrow: bool) -> list[str]:
+    headings = ["budget", "active\nFFN", *(quality.label.replace(" ", "\n") for quality in shown)]
+    for cell in cells:
+        headings += [f"{cell['phase']}\nratio"] + ([] if narrow else ["ideal"])
+    return headings
+
+
+def _quality_of(row: Mapping[Any, Any], shown: list[Quality]) -> list[str]:
+    knob = row["knob"] if len(str(row["knob"])) <= _LONGEST_KNOB else None
+    values = [fmt.budget(knob, row["budget"]), fmt.percent(row["active_ffn_frac"])]
+    return values + [fmt.quality(row[quality.column], quality.column) for quality in shown]
+
+
+def _candidate(candidates: pd.DataFrame, row: Mapping[Any, Any], cell: Mapping[str, Any]) -> dict[str, Any] | None:
+    keep = (candidates["configuration"] == row["configuration"]) & (candidates["arm"] == row["arm"])
+    for key, value in {**cell, "budget": row["budget"]}.items():
+        keep &= candidates[key].isna() if pd.isna(value) else (candidates[key] == value).fillna(False).astype(bool)
+    found = candidates[keep].to_dict("records")
+    return {str(key): value for key, value in found[0].items()} if found else None
+
+
+def _speed_of(candidate: Mapping[str, Any] | None, narrow: bool) -> list[str | Text]:
+    """Measured ratio with mark and interval, and the ideal one: side by side, or in one cell of three lines."""
+    if candidate is None:
+        return [fmt.MISSING] if narrow else [fmt.MISSING, fmt.MISSING]
+    measured = Text(f"{_ON_FRONT} " if candidate["on_front"] else "", style="green")
+    measured.append(fmt.ratio(candidate["ratio"]), style="default bold")
+    ends, ideal = fmt.interval(candidate["ratio_low"], candidate["ratio_high"]), fmt.ratio(candidate["ideal_ratio"])
+    if ends:
+        measured.append(("\n" if narrow else " ") + ends, style="default dim")
+    if narrow and ideal != fmt.MISSING:
+        measured.append(f"\nideal {ideal}", style="default dim")
+    return [measured] if narrow else [measured, ideal]
+
+
+def _caption(points: pd.DataFrame, cells: list[dict[str, Any]]) -> str:
+    fewest, most = points["seeds"].min(), points["seeds"].max()
+    timed = "; ".join(cell_label(*(cell[key] for key in CELL_KEYS)) for cell in cells) or "nothing was timed"
+    return (
+        f"Seeds: {fewest if fewest == most else f'{fewest}-{most}'}. Timed: {timed}. Ratio = sparse time / dense time "
+        f"(below 1 is faster), with its 95 % interval; ideal = the cost model's ratio. {_ON_FRONT} = on the Pareto "
+        "front of quality and that ratio."
+    )

@@ -1,0 +1,171 @@
+"""SYNTHETIC records for tests of the report: plausible shapes, invented numbers. Nothing here was measured."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+DENSE_NATS = 2.0
+NUM_BLOCKS = 32
+CELLS = (("prefill", 1, 512, None), ("prefill", 8, 512, None), ("decode", 1, 32, 128), ("decode", 8, 32, 128))
+
+# method -> (loss at 25 % active over dense in nats for each arm, how much of the ideal gain it captures)
+_ARMS = {
+    "moefication": ({"oracle_router": 0.06, "learned_router": 0.35, "adapted": 0.14, "random_router": 2.4}, 0.8),
+    "factorllm": ({"oracle_router": 0.30, "learned_router": 0.80, "adapted": 0.20, "random_router": 1.9}, 0.93),
+    "static_slice": ({"adapted": 0.33}, 0.85),
+}
+
+
+def write_runs(
+    root: Path, *, seeds: Sequence[int] = (0, 1, 2), backbones: Sequence[str] = ("synthetic-llama-3m",)
+) -> Path:
+    """A runs folder with dense, dense_same_tokens, static_slice, moefication and factorllm for every seed."""
+    for record in records(seeds=seeds, backbones=backbones):
+        write_record(root, record)
+    return root
+
+
+def records(*, seeds: Sequence[int], backbones: Sequence[str]) -> Iterator[dict[str, Any]]:
+    for offset, backbone in enumerate(backbones):
+        for seed in seeds:
+            yield record("dense", backbone, seed, [point("dense", None, DENSE_NATS + offset, active=1.0)])
+            same = point("adapted", None, DENSE_NATS + offset - 0.03 + 0.004 * seed, active=1.0)
+            yield record("dense_same_tokens", backbone, seed, [same], tokens=1_000_000)
+            for method in _ARMS:
+                points = list(_method_points(method, seed, DENSE_NATS + offset))
+                yield record(method, backbone, seed, points, tokens=1_000_000)
+
+
+def record(
+    method: str, backbone: str, seed: int, points: list[dict[str, Any]], *, tokens: int = 0, **config: Any
+) -> dict[str, Any]:
+    """One record of schema version 1."""
+    text = f"{method}-{backbone}-{seed}-{json.dumps(config, sort_keys=True)}"
+    identity = hashlib.sha256(text.encode()).hexdigest()[:10]
+    return {
+        "schema_version": 1,
+        "identity": identity,
+        "name": f"{method}-{identity}",
+        "study": "synthetic",
+        "created_utc": "2026-01-01T00:00:00Z",
+        "state": "done",
+        "seed": seed,
+        "backbone": {"name": backbone, "identity": f"id-{backbone}", "family": "llama", "parameters_total": 3_000_000},
+        "data": {"name": "synthetic-text", "fingerprint": "feedface00"},
+        "method": {
+            "name": method,
+            "variant": "as_published",
+            "provenance": "published",
+            "regime": "post_training",
+            "num_blocks": NUM_BLOCKS,
+            "block_size": 32,
+            "knob": "k",
+        },
+        "protocol": {"context": 256, "stride": 128, "tokens_counted": 100_000, "dtype": "float32", "task_batch_size": 16},
+        "config": {"seed": seed, "method": {"name": method, **config}, "paths": {"runs": f"/somewhere/{seed}"}},
+        "environment": {"cpu": "Synthetic CPU", "threads": 2, "torch": "0.0-synthetic", "host": "nowhere"},
+        "stages": [
+            {"stage": "backbone", "identity": f"b-{backbone}", "wall_seconds": 90.0, "cpu_seconds": 170.0,
+             "peak_rss_bytes": 1_500_000_000, "cached": seed > 0},
+            {"stage": "adapt", "identity": f"a-{identity}", "wall_seconds": 20.0, "cpu_seconds": 38.0,
+             "peak_rss_bytes": 1_200_000_000, "cached": False},
+        ],
+        "adaptation": {"tokens": tokens, "steps": tokens // 4096, "wall_seconds": 20.0},
+        "points": points,
+    }  # fmt: skip
+
+
+def point(
+    arm: str, budget: float | None, nats: float, *, active: float, speed: Sequence[dict[str, Any]] = (), **more: Any
+) -> dict[str, Any]:
+    """One point; accuracy and the other scores follow from `nats` by an invented rule."""
+    return {
+        "arm": arm,
+        "budget": budget,
+        "knob": "k",
+        "active_ffn_frac": active,
+        "quality": {
+            "nats_per_token": nats,
+            "perplexity": math.exp(nats),
+            "bits_per_byte": nats / math.log(2) / 3,
+            "tasks": {
+                "next_line": {
+                    "acc": max(0.25, 0.8 - 0.25 * (nats - DENSE_NATS)),
+                    "acc_pmi": max(0.25, 0.85 - 0.25 * (nats - DENSE_NATS)),
+                    "gold_nll": nats,
+                    "margin": 1.0,
+                    "kl_to_dense": nats - DENSE_NATS,
+                    "agreement": 0.9,
+                    "items": 200,
+                }
+            },
+        },
+        "cost": {
+            "parameters_total": 3_000_000,
+            "parameters_active": 1_000_000 + 2_000_000 * active,
+            "ffn_flops_per_token": 4_000_000 * active,
+            "router_flops_per_token": 10_000,
+            "model_flops_per_token": 2_000_000 + 4_000_000 * active,
+            "dense_ffn_flops_per_token": 4_000_000,
+            "dense_model_flops_per_token": 6_000_000,
+        },
+        "speed": list(speed),
+        "routing": {"counts_LB": [[1, 2]], "active_frac_L": [active]},
+        "failure": None,
+    } | more
+
+
+def cell(
+    phase: str, batch: int, tokens: int, context: int | None, *, ratio: float, ideal: float, control: str = "own"
+) -> dict[str, Any]:
+    """One speed cell with a 3 % interval."""
+    dense_ms = (20.0 if phase == "prefill" else 2.0) * batch**0.8
+    return {
+        "phase": phase,
+        "batch_size": batch,
+        "tokens": tokens,
+        "context": context,
+        "dense_ms": {"median": dense_ms, "p10": dense_ms * 0.95, "p90": dense_ms * 1.1, "n": 40},
+        "sparse_ms": {"median": dense_ms * ratio, "p10": dense_ms * ratio * 0.95, "p90": dense_ms * ratio * 1.1, "n": 40},
+        "ratio": ratio,
+        "ratio_low": ratio * 0.97,
+        "ratio_high": ratio * 1.03,
+        "ideal_ratio": ideal,
+        "captured_share": (1 - ratio) / (1 - ideal) if ideal < 0.999 else None,
+        "executor": "grouped" if phase == "prefill" else "gather",
+        "control": control,
+        "samples_file": "samples.npz",
+    }
+
+
+def write_record(root: Path, record: dict[str, Any]) -> Path:
+    folder = root / "record" / f"{record['method']['name']}-{record['identity']}"
+    folder.mkdir(parents=True)
+    (folder / "record.json").write_text(json.dumps(record))
+    return folder
+
+
+def _method_points(method: str, seed: int, dense_nats: float) -> Iterator[dict[str, Any]]:
+    losses, captured = _ARMS[method]
+    for budget in (8, 16, 24):
+        active = budget / NUM_BLOCKS
+        for arm, loss in losses.items():
+            wobble = 0.006 * math.sin(7 * seed + 3 * budget + 11 * len(arm) + len(method))
+            nats = dense_nats + loss * (1.3 - active) ** 2.2 + wobble
+            speed = list(_speed(active, captured, seed)) if arm == "adapted" else []
+            yield point(arm, budget, nats, active=active, speed=speed)
+
+
+def _speed(active: float, captured: float, seed: int) -> Iterator[dict[str, Any]]:
+    for phase, batch, tokens, context in CELLS:
+        shared = active if batch == 1 or phase == "prefill" else min(1.0, active * 2.2)
+        ideal = 0.3 + 0.7 * shared
+        share = captured if phase == "prefill" else captured - 0.25
+        ratio = 1 - share * (1 - ideal) + 0.006 * math.sin(5 * seed + 40 * active + batch)
+        yield cell(phase, batch, tokens, context, ratio=ratio, ideal=ideal)
+        yield cell(phase, batch, tokens, context, ratio=1.05, ideal=1.02, control="all_blocks")
