@@ -42,7 +42,7 @@ def run(module: LightningModule, batches: Batches, cfg: FitConfig, *, folder: Pa
             )
             trainer.fit(module, stream, ckpt_path=whole_checkpoint(checkpoints.path))
     except SystemExit as stop:
-        # Lightning ends with exit(1) after Ctrl-C, as if something had failed, and with exit(0), as if done, after SIGTERM.
+        # Lightning ends with exit(1) after Ctrl-C, as if something had failed, with exit(0) after SIGTERM, as if done.
         if isinstance(stop.__context__, KeyboardInterrupt):
             raise KeyboardInterrupt from None
         if isinstance(stop, SIGTERMException):
