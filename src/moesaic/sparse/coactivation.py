@@ -53,9 +53,8 @@ def metis_blocks(weight_FF: Tensor, num_blocks: int, *, generator: Generator) ->
     seed = int(torch.randint(2**31 - 1, (), generator=generator))
     _, part_F = pymetis.part_graph(
         num_blocks,
-        xadj=starts.tolist(),
-        adjncy=column_E.tolist(),
-        eweights=edge_FF[row_E, column_E].tolist(),
+        pymetis.CSRAdjacency(starts, column_E),
+        eweights=edge_FF[row_E, column_E],
         recursive=False,
         options=pymetis.Options(seed=seed),
     )
