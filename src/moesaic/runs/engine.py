@@ -97,13 +97,13 @@ class Store:
         """Return what is known of the last try at `stage`, finished or not."""
         return Status.read(self.folder(stage)) or Status.read(partial_folder(self.folder(stage)))
 
-    def explain(self, stage: Stage) -> list[StageState]:
-        """Return the state of `stage` and all it needs, parents first, without computing or hashing anything."""
-        return [self._state(each) for each in in_order(stage)]
+    def explain(self, *stages: Stage) -> list[StageState]:
+        """Return the state of `stages` and all they need, parents first, without computing or hashing anything."""
+        return [self._state(each) for each in in_order(*stages)]
 
-    def uses(self, stage: Stage) -> list[StageUse]:
-        """Return what `stage` and all it needs have cost, parents first; `cached` where this store computed nothing."""
-        statuses = ((each, self.status(each)) for each in in_order(stage))
+    def uses(self, *stages: Stage) -> list[StageUse]:
+        """Return what `stages` and all they need have cost, parents first; `cached`: not computed by this store."""
+        statuses = ((each, self.status(each)) for each in in_order(*stages))
         return [
             StageUse(
                 stage=each.name,

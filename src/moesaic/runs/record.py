@@ -46,7 +46,7 @@ RECORD_FILE = "record.json"
 DOCUMENTS_FILE = "documents.parquet"  # arm, budget, document, nll (nats), tokens, bytes
 ITEMS_FILE = "items.parquet"  # arm, budget, task, item, gold, option_loglik
 
-Arm = Literal["adapted", "learned_router", "oracle_router", "random_router", "all_blocks", "dense"]
+Arm = Literal["adapted", "learned_router", "oracle_router", "random_router", "all_blocks", "dense", "prepared_dense"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

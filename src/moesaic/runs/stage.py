@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -61,15 +61,16 @@ class Stage:
         }
 
 
-def in_order(stage: Stage) -> list[Stage]:
-    """Return the stages that `stage` needs and `stage` itself, each once, parents before children."""
-    seen: dict[str, Stage] = {}
-    for each in _walk(stage):
-        seen.setdefault(each.title, each)
-    return list(seen.values())
+def in_order(*stages: Stage) -> list[Stage]:
+    """Return `stages` and all that they need, each once, parents before children."""
+    found: dict[str, Stage] = {}
+    for stage in stages:
+        _collect(stage, found)
+    return list(found.values())
 
 
-def _walk(stage: Stage) -> Iterator[Stage]:
-    for parent in stage.parents:
-        yield from _walk(parent)
-    yield stage
+def _collect(stage: Stage, found: dict[str, Stage]) -> None:
+    if stage.title not in found:
+        for parent in stage.parents:
+            _collect(parent, found)
+        found[stage.title] = stage
