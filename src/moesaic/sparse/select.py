@@ -166,7 +166,7 @@ def _prefix(score_TB: Tensor, k: int) -> Routing:
 
 
 def _whole(k: float) -> int:
-    if k < 0 or k != int(k):
+    if k < 0 or not float(k).is_integer():
         raise ValueError(f"select.k={k} is not a whole number of blocks from 0")
     return int(k)
 
