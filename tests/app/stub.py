@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from moesaic.app.main import Application, run
-from moesaic.config.strict import strict_object
+from moesaic.config.strict import ConfigError, strict_object
 from moesaic.runs.engine import StageState, Store
 from moesaic.runs.stage import Stage
 
@@ -25,7 +25,7 @@ class PartConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MethodConfig:
-    outcome: Literal["done", "diverged", "bug", "wait"]
+    outcome: Literal["done", "diverged", "bug", "wait", "late"]
     part: PartConfig | None = None
     strength: float = 1.0  # not in any YAML: the default of a dataclass
 
@@ -48,6 +48,8 @@ def stage_of(config: StubConfig) -> Stage:
     def compute(folder: Path, parents: tuple[Path, ...]) -> None:
         if config.method.outcome == "diverged" and config.seed != 2:
             raise FloatingPointError(f"loss is nan at step {config.seed}")
+        if config.method.outcome == "late":
+            raise ConfigError("data.train=nowhere.jsonl does not exist")
         (folder / "started").touch()
         while config.method.outcome == "wait":
             time.sleep(0.05)

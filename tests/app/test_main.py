@@ -100,6 +100,7 @@ def test_an_unknown_key_is_refused_with_or_without_a_plus(moesaic: Moesaic, tmp_
         (["method.part.size=9"], r"method\.part\.size=9 exceeds 8 \(allowed: 1\.\.8\)\. Lower it\."),
         (["method.strength=nan"], r"method\.strength=nan is not a finite number"),
         (["method=unset"], r"method\.outcome is required by MethodConfig"),
+        (["method=late"], r"data\.train=nowhere\.jsonl does not exist$"),
         (["method=dangling"], r"method\.outcome: Interpolation key 'no\.such\.key' not found$"),
         (["method.part=[1"], r"cannot read 'method\.part=\[1'"),
         (["=3"], r"Config group override must be a string"),
@@ -177,6 +178,11 @@ def test_a_grid_stops_at_the_first_failure_when_told_to(moesaic: Moesaic) -> Non
     assert "loss is nan at step 1" in done.stderr
     assert "stopped at the first failure" in done.stderr
     assert "job 1" not in done.stderr
+
+
+def test_a_refused_job_stops_a_grid_too(moesaic: Moesaic) -> None:
+    done = moesaic("-m", "method=dangling,fine", "keep_going=false")
+    assert (done.returncode, "job 1" in done.stderr) == (2, False)
 
 
 def test_a_grid_that_is_refused_in_part_still_exits_2(moesaic: Moesaic) -> None:

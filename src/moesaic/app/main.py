@@ -120,7 +120,7 @@ class _Jobs:
             if os.getpid() != self.process:
                 raise  # a launcher's worker: the error travels to the process that reports
             self.note(job, error, plain)
-            if multirun and not plain.get("keep_going", True):
+            if multirun and not cfg.get("keep_going", True):
                 raise _StopGrid from error
             if multirun:
                 _say("going on with the next job (keep_going=true)")
