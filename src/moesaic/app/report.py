@@ -31,7 +31,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--quality",
         default="perplexity",
-        help="what fronts are drawn over: perplexity, bits_per_byte, nats_per_token or <task>.acc (default: %(default)s)",
+        help="what fronts are drawn over: perplexity, bits_per_byte, nats_per_token, <task>.acc (default: %(default)s)",
     )
     parser.add_argument(
         "--reference",

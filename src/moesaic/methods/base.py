@@ -53,13 +53,13 @@ class AdaptJob:
     context: int
     seed: int
     folder: Path
+    label: str  # what a progress bar calls this
 
 
 class Phase(ABC):
     """One training phase of a recipe. Subclasses are frozen dataclasses named by `_target_`."""
 
     __slots__ = ()
-    name: str
     trains_weights: ClassVar[bool] = True  # False: only routers change, so the result still shows the dense weights
     uses_selection: ClassVar[bool] = True  # False: the result is the same at every budget, so it is reused across them
 
@@ -89,13 +89,38 @@ class Method(ABC):
     variant: Literal["as_published", "as_released", "corrected"] = "corrected"
     provenance: Literal["published", "reconstruction", "control"] = "published"
     budgets: tuple[float, ...] = ()  # values of the inference knob at which the model is evaluated and timed
-    phases: tuple[Phase, ...] = ()
+    phases: dict[str, Phase | None] = field(default_factory=dict)  # in order; null leaves a phase out
     prepare: Prepare | None = None
-    calibration_tokens: int = field(default=0)  # tokens whose FFN inputs are kept for `convert` and router training
+    calibration_tokens: int = 0  # tokens whose FFN inputs are kept for `convert` and router training
 
-    adapt_per_budget: ClassVar[bool] = False  # True: a budget is fixed when converting (a slice), not at inference
-    is_sparse: ClassVar[bool] = False
-    knob: ClassVar[str] = ""
+    converts: ClassVar[bool] = True
+    converts_per_budget: ClassVar[bool] = False  # True: a budget is fixed when converting (a slice), not at inference
+
+    @property
+    def knob(self) -> str:
+        """Name of what a budget sets; empty where there is nothing to set."""
+        return ""
+
+    @property
+    def blocks(self) -> int | None:
+        """Into how many blocks each FFN is cut; None where it is not."""
+        return None
+
+    def conversion(self) -> dict[str, Any]:
+        """The settings that decide the converted model, beside budget and seed; others may change without a new cut."""
+        return {"method": type(self).__qualname__}
+
+    def selection_at(self, budget: float | None) -> Selection | None:
+        """The selection of an inference at `budget`; None where the model has its width built in."""
+        return None
+
+    def active_phases(self) -> list[tuple[str, Phase]]:
+        """The phases that run, in order, with their names."""
+        return [(name, phase) for name, phase in self.phases.items() if phase is not None]
+
+    def tied_to_budget(self, phase: Phase) -> bool:
+        """Whether `phase` runs once per budget rather than once for all."""
+        return self.converts_per_budget
 
     @abstractmethod
     def convert(self, job: ConvertJob) -> PreTrainedModel:
@@ -118,9 +143,26 @@ class SparseMethod(Method):
     select: Selection
     combine: Combine
     oracle: Score  # the upper bound that the `oracle_router` control uses
+    adapt_each_budget: bool  # True: phases that see the selection run once per budget; False: once, at `select`
     executor: str = "auto"
 
-    is_sparse: ClassVar[bool] = True
+    @property
+    def knob(self) -> str:
+        return self.select.knob
+
+    def tied_to_budget(self, phase: Phase) -> bool:
+        return self.adapt_each_budget and phase.uses_selection
+
+    @property
+    def blocks(self) -> int:
+        return self.partition.num_blocks
+
+    def conversion(self) -> dict[str, Any]:
+        parts = {"partition": self.partition, "score": self.score, "combine": self.combine}
+        return {**parts, "executor": self.executor}
+
+    def selection_at(self, budget: float | None) -> Selection:
+        return self.select if budget is None else self.select.with_budget(budget)
 
     def __post_init__(self) -> None:
         for selection in (self.select, *(self.select.with_budget(budget) for budget in self.budgets)):
@@ -142,9 +184,9 @@ class SparseMethod(Method):
     def _layer(self, ffn: Any, inputs_TD: torch.Tensor | None, generator: Generator) -> SparseFFN:
         stats = NeuronStats(ffn, inputs_TD) if inputs_TD is not None else None
         block_F = self.partition.labels(ffn, stats, generator=generator)
-        combine = self.combine.build(ffn.dim, self.partition.num_blocks)
+        combine = self.combine.for_ffn(ffn).build(ffn.dim, self.partition.num_blocks)
         experts = Experts.from_dense(ffn, block_F)
-        score = self.score.build(ffn.dim, self.partition.num_blocks)
+        score = self.score.for_ffn(ffn).build(ffn.dim, self.partition.num_blocks)
         score.initialise(experts, inputs_TD, generator=generator)
         if inputs_TD is not None:
             combine.initialise(experts, inputs_TD)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import pytorch_lightning as pl
@@ -23,14 +23,17 @@ from moesaic.ffn.dense import DenseFFN
 from moesaic.methods.base import AdaptJob, Phase, select_blocks
 from moesaic.methods.calibration import Calibration
 from moesaic.methods.lm import Part, fit_language_model, train_only
-from moesaic.sparse.labels import Criterion, block_outputs, fitted_scale, gram, label_blocks
+from moesaic.sparse.experts import Experts
+from moesaic.sparse.labels import best_subset, block_grams, fitted_scale, pa_distances, smallest_blocks
 from moesaic.sparse.layer import SparseFFN, sparse_layers
 from moesaic.sparse.select import AllBlocks, TopK
+from moesaic.sparse.targets import expert_targets
 from moesaic.sparse.trace import record_routing
 from moesaic.training.fit import FitConfig, optimizer_of
 
 __all__ = ["JointFinetune", "LabelRouters", "balance_penalty", "fit_scales", "prior_approximate_loss", "router_loss"]
 
+Criterion = Literal["pa", "pa_unscaled", "subset_oracle", "output_norm", "l1"]
 RouterLoss = Literal["kl_student_teacher", "cross_entropy", "bce"]
 
 
@@ -48,7 +51,6 @@ class LabelRouters(Phase):
     criterion: Criterion
     loss: RouterLoss
     confidence_weight: float = 0.0
-    name: str = "router"
 
     trains_weights: ClassVar[bool] = False
 
@@ -57,7 +59,7 @@ class LabelRouters(Phase):
         k = active_blocks(job.model)
         selections = [layer.select for layer in sparse_layers(job.model)]
         select_blocks(job.model, AllBlocks())  # the teacher pass is the dense model
-        facts = fit_language_model(LabelledRouting(job.model, parameters, self, k), job, self.fit, label=self.name)
+        facts = fit_language_model(LabelledRouting(job.model, parameters, self, k), job, self.fit, label=job.label)
         select_blocks(job.model, selections)
         if job.calibration is not None:
             fit_scales(job.model, job.calibration)
@@ -84,7 +86,7 @@ class LabelledRouting(pl.LightningModule):
         """Router loss of one layer on its inputs, a float32 scalar."""
         assert layer.score is not None
         with torch.no_grad():
-            mask_TB = label_blocks(block_outputs(layer.experts, x_TD), k=self.k, criterion=self.phase.criterion)
+            mask_TB = label_blocks(layer.experts, x_TD, self.k, self.phase.criterion).float()
         logits_TB = layer.score(x_TD, layer.experts)
         loss = router_loss(logits_TB, mask_TB, self.phase.loss)
         if self.phase.confidence_weight:
@@ -106,12 +108,11 @@ class JointFinetune(Phase):
     router_weight: float
     confidence_weight: float
     train: tuple[Part, ...] = ("ffn", "router")
-    name: str = "joint"
 
     def run(self, job: AdaptJob) -> dict[str, Any]:
         parameters = train_only(job.model, self.train, job.pattern)
         module = JointObjective(job.model, parameters, self, active_blocks(job.model))
-        return fit_language_model(module, job, self.fit, label=self.name)
+        return fit_language_model(module, job, self.fit, label=job.label)
 
 
 class JointObjective(pl.LightningModule):
@@ -121,7 +122,7 @@ class JointObjective(pl.LightningModule):
         super().__init__()
         self.model, self.phase, self.k = model, phase, k
         self.trained = parameters
-        self.teachers: list[DenseFFN] = [frozen_copy(layer) for layer in sparse_layers(model)]
+        self.teachers: list[DenseFFN] = [frozen_copy(layer.experts) for layer in sparse_layers(model)]
 
     def training_step(self, batch: dict[str, Tensor], _: int) -> Tensor:
         ids = batch["input_ids"]
@@ -131,8 +132,8 @@ class JointObjective(pl.LightningModule):
             sparse_layers(self.model), self.teachers, inputs, trace.layers, strict=True
         ):
             with torch.no_grad():
-                outputs_BTD = block_outputs(layer.experts, x_TD)
-                mask_TB = label_blocks(outputs_BTD, k=self.k, criterion="pa", teacher_TD=teacher(x_TD))
+                distance_TB = teacher_distances(layer.experts, teacher, x_TD, 1 / (layer.experts.num_blocks // self.k))
+                mask_TB = smallest_blocks(distance_TB, self.k).float()
             logits_TB = records[-1].logits_TB
             loss = loss + self.phase.router_weight * router_loss(logits_TB, mask_TB, "kl_student_teacher")
             loss = loss + self.phase.confidence_weight * balance_penalty(logits_TB, self.k)
@@ -142,9 +143,29 @@ class JointObjective(pl.LightningModule):
         return optimizer_of(self.trained, self.phase.fit)
 
 
-def frozen_copy(layer: SparseFFN) -> DenseFFN:
-    """The layer's blocks as they are now, as one dense FFN that no optimiser reaches."""
-    return copy.deepcopy(layer.experts).requires_grad_(False).dense_ffn()
+def label_blocks(experts: Experts, x_TD: Tensor, k: int, criterion: Criterion) -> Tensor:
+    """Boolean (T, B): the k blocks that `criterion` says each token should use, from blocks that are still dense slices."""
+    if criterion == "l1":
+        return smallest_blocks(-expert_targets(experts, x_TD, "l1"), k)
+    gram_TBB = block_grams(experts, x_TD)
+    if criterion == "subset_oracle":
+        return best_subset(gram_TBB, k)
+    if criterion == "output_norm":
+        return smallest_blocks(-gram_TBB.diagonal(dim1=1, dim2=2), k)
+    teacher_scale = 1.0 if criterion == "pa_unscaled" else 1 / (experts.num_blocks // k)
+    return smallest_blocks(pa_distances(gram_TBB, teacher_scale, experts.dim), k)
+
+
+def teacher_distances(experts: Experts, teacher: DenseFFN, x_TD: Tensor, teacher_scale: float) -> Tensor:
+    """float32 (T, B): mean over outputs of (e_b - c Y)^2 where Y is a teacher that is no longer the sum of the blocks."""
+    scaled_TD = teacher_scale * teacher(x_TD).float()
+    blocks = (replace(experts.dense_ffn(b, b + 1), down_bias_D=None) for b in range(experts.num_blocks))
+    return torch.stack([(block(x_TD).float() - scaled_TD).square().mean(dim=1) for block in blocks], dim=1)
+
+
+def frozen_copy(experts: Experts) -> DenseFFN:
+    """The blocks as they are now, as one dense FFN without output bias that no optimiser reaches."""
+    return replace(copy.deepcopy(experts).requires_grad_(False).dense_ffn(), down_bias_D=None)
 
 
 @contextmanager
@@ -198,18 +219,22 @@ def active_blocks(model: PreTrainedModel) -> int:
 
 @torch.no_grad()
 def fit_scales(model: PreTrainedModel, calibration: Calibration, *, max_tokens: int = 4096) -> None:
-    """Set the `fitted` scale of every layer for every k to s*(layer, k) under its present router.
+    """Set the scales that are found on data: `fitted` to s*(layer, k) for every k, `learned` to start at the present k's.
 
-    s* = sum <Y, Y_S> / sum ||Y_S||^2 over calibration tokens, with Y the dense output and Y_S the chosen blocks' sum.
-    Valid while the blocks are still slices of the dense FFN. Layers with another scale rule are left alone.
+    s* = sum <Y, Y_S> / sum ||Y_S||^2 over calibration tokens, with Y the dense output and Y_S the sum of the blocks that
+    the present router chooses. Valid while blocks are slices of the dense FFN; layers with another rule are left alone.
     """
     for index, layer in enumerate(sparse_layers(model)):
-        if layer.combine.scale != "fitted":
+        scale_X, learned = layer.combine.scale_X, layer.combine.scale
+        if scale_X is None and learned is None:
             continue
         x_TD = calibration.inputs_TD(index)[:max_tokens]
-        gram_TBB = gram(block_outputs(layer.experts, x_TD))
-        assert layer.score is not None
-        logits_TB = layer.score(x_TD, layer.experts)
-        for k in range(1, layer.experts.num_blocks + 1):
-            active_TB = TopK(k=k)(logits_TB, training=False).active_TB()
-            layer.combine.set_fitted(k, fitted_scale(gram_TBB, active_TB))
+        gram_TBB = block_grams(layer.experts, x_TD)
+        if learned is not None:
+            learned.fill_(fitted_scale(gram_TBB, layer.route(x_TD)[0].active_TB()))
+        if scale_X is not None:
+            kept = layer.select
+            for k in range(1, layer.experts.num_blocks + 1):
+                layer.select = TopK(k=k)
+                scale_X[k] = fitted_scale(gram_TBB, layer.route(x_TD)[0].active_TB())
+            layer.select = kept

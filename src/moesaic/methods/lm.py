@@ -37,14 +37,13 @@ class FinetuneLM(Phase):
 
     fit: FitConfig
     train: tuple[Part, ...] = ("ffn",)
-    name: str = "finetune"
 
     trains_weights: ClassVar[bool] = True
 
     def run(self, job: AdaptJob) -> dict[str, Any]:
         parameters = train_only(job.model, self.train, job.pattern)
         module = LanguageModelling(job.model, parameters, self.fit)
-        return fit_language_model(module, job, self.fit, label=self.name)
+        return fit_language_model(module, job, self.fit, label=job.label)
 
 
 class LanguageModelling(pl.LightningModule):

@@ -20,7 +20,8 @@ from moesaic.methods.base import AdaptJob, Phase
 from moesaic.methods.calibration import Calibration
 from moesaic.methods.lm import router_parameters, train_only
 from moesaic.sparse.layer import SparseFFN, sparse_layers
-from moesaic.sparse.targets import Target, block_targets, captured_mass
+from moesaic.sparse.select import TopK
+from moesaic.sparse.targets import Target, captured_mass, expert_targets, normalise_targets, quantile_scale
 from moesaic.training.fit import FitConfig, fit, optimizer_of
 from moesaic.training.loader import RowBatches
 
@@ -51,19 +52,21 @@ class TrainRouters(Phase):
     active_frac: float = 0.2  # share of blocks in `captured_mass` and in multi-hot labels, 0..1
     held_out_frac: float = 0.1
     validate_every_steps: int = 50
-    name: str = "router"
 
     trains_weights: ClassVar[bool] = False
     uses_selection: ClassVar[bool] = False
 
     def run(self, job: AdaptJob) -> dict[str, Any]:
+        if not any(True for _ in router_parameters(job.model)):
+            return {"tokens": 0, "steps": 0, "wall_seconds": 0.0, "skipped": "the score has no parameters"}
         assert job.calibration is not None
         train_only(job.model, ("router",), job.pattern)
         held_T = held_out_rows(job.calibration, self.split, self.held_out_frac, job.seed)
         inputs = [job.calibration.inputs_TD(layer) for layer in range(job.calibration.num_layers)]
         module = RouterRegression(job.model, self, [x_TD[held_T] for x_TD in inputs])
-        batches = RowBatches([x_TD[~held_T] for x_TD in inputs], batch_size=self.fit.batch_size, seed=job.seed)
-        result = fit(module, batches, self.fit, folder=job.folder, label=self.name)
+        batches = RowBatches(
+            {f"layer_{i}": x_TD[~held_T] for i, x_TD in enumerate(inputs)}, batch_size=self.fit.batch_size, seed=job.seed)
+        result = fit(module, batches, self.fit, folder=job.folder, label=job.label)
         mass_L = module.restore(self.keep)
         return {"tokens": 0, "steps": result.steps, "wall_seconds": result.seconds, "captured_mass_L": mass_L}
 
@@ -79,24 +82,22 @@ class RouterRegression(pl.LightningModule):
         self.scale_L = [self._scale(layer, x_TD) for layer, x_TD in zip(self.layers, held_LTD, strict=True)]
         self.kept: list[list[tuple[float, dict[str, Tensor]]]] = [[] for _ in self.layers]
 
-    def _scale(self, layer: SparseFFN, x_TD: Tensor) -> float:
+    def _scale(self, layer: SparseFFN, x_TD: Tensor) -> float | None:
         if self.phase.normalise == "batch_max":
-            return 1.0
-        flat = block_targets(layer.experts, x_TD, self.phase.target).flatten()
-        # kthvalue, not quantile: torch.quantile refuses more than 16 M elements.
-        return float(flat.kthvalue(max(1, int(0.999 * flat.numel()))).values.clamp_min(1e-12))
+            return None
+        return quantile_scale(expert_targets(layer.experts, x_TD, self.phase.target))
 
-    def training_step(self, batch_LTD: list[Tensor], _: int) -> Tensor:
+    def training_step(self, batch: dict[str, Tensor], _: int) -> Tensor:
         """Sum over layers of the mean loss over tokens and blocks."""
         losses = [
             router_loss(
                 self.logits(layer, x_TD),
-                block_targets(layer.experts, x_TD, self.phase.target) / scale,
+                expert_targets(layer.experts, x_TD, self.phase.target),
                 loss=self.phase.loss,
-                normalise=self.phase.normalise,
+                scale=scale,
                 active_frac=self.phase.active_frac,
             )
-            for layer, x_TD, scale in zip(self.layers, batch_LTD, self.scale_L, strict=True)
+            for layer, x_TD, scale in zip(self.layers, batch.values(), self.scale_L, strict=True)
         ]
         return torch.stack(losses).sum()
 
@@ -113,10 +114,11 @@ class RouterRegression(pl.LightningModule):
     def _validate(self) -> None:
         for layer, x_TD, kept in zip(self.layers, self.held_LTD, self.kept, strict=True):
             assert layer.score is not None
-            target_TB = block_targets(layer.experts, x_TD, self.phase.target)
-            mass = captured_mass(self.logits(layer, x_TD), target_TB, active_frac=self.phase.active_frac)
+            chosen = TopK(k=active_count(layer.experts.num_blocks, self.phase.active_frac))
+            active_TB = chosen(self.logits(layer, x_TD), training=False).active_TB()
+            mass = captured_mass(expert_targets(layer.experts, x_TD, self.phase.target), active_TB)
             state = {key: value.detach().clone() for key, value in layer.score.state_dict().items()}
-            kept.append((float(mass), state))
+            kept.append((mass, state))
             kept.sort(key=lambda entry: entry[0], reverse=True)
             del kept[2:]
 
@@ -140,15 +142,20 @@ class RouterRegression(pl.LightningModule):
         return optimizer_of(self.parameters_, self.phase.fit)
 
 
-def router_loss(logits_TB: Tensor, target_TB: Tensor, *, loss: Loss, normalise: Normalise, active_frac: float) -> Tensor:
-    """Mean loss over tokens and blocks, float32. `target_TB` >= 0 is divided by its maximum for `batch_max`."""
+def active_count(num_blocks: int, active_frac: float) -> int:
+    """How many of `num_blocks` blocks the share `active_frac` is, at least one."""
+    return max(1, round(active_frac * num_blocks))
+
+
+def router_loss(logits_TB: Tensor, target_TB: Tensor, *, loss: Loss, scale: float | None, active_frac: float) -> Tensor:
+    """Mean loss over tokens and blocks, float32, of targets >= 0; `scale` None divides them by the batch's maximum."""
     if loss == "mse":
         return F.mse_loss(logits_TB.abs(), target_TB)
     if loss == "bce_multi_hot":
-        k = max(1, round(active_frac * target_TB.shape[1]))
+        k = active_count(target_TB.shape[1], active_frac)
         hot_TB = torch.zeros_like(target_TB).scatter_(1, target_TB.topk(k, dim=1).indices, 1.0)
         return F.binary_cross_entropy_with_logits(logits_TB, hot_TB)
-    soft_TB = target_TB / target_TB.max().clamp_min(1e-12) if normalise == "batch_max" else target_TB.clamp_max(1.0)
+    soft_TB = normalise_targets(target_TB, target_TB.max().item() if scale is None else scale)
     return F.binary_cross_entropy_with_logits(logits_TB, soft_TB)
 
 

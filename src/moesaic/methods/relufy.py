@@ -34,7 +34,7 @@ class Relufy(Prepare):
         parameters = train_only(job.model, ("all",), job.pattern)
         biases = {id(p) for site in find_ffns(job.model, job.pattern) for p in site.intermediate_biases()}
         trained = [p for p in parameters if id(p) not in biases]
-        return fit_language_model(LanguageModelling(job.model, trained, self.fit), job, self.fit, label="relufy")
+        return fit_language_model(LanguageModelling(job.model, trained, self.fit), job, self.fit, label=job.label)
 
 
 def set_activation(model: PreTrainedModel, name: str) -> None:

@@ -21,6 +21,7 @@ from moesaic.sparse.layer import SparseFFN
 from moesaic.sparse.model import convert_model
 from moesaic.sparse.partition import check_blocks
 from moesaic.sparse.select import AllBlocks
+from moesaic.sparse.stats import NeuronStats
 
 __all__ = ["StaticDepth", "StaticSlice", "block_influence", "slice_ffn"]
 
@@ -35,9 +36,18 @@ class StaticSlice(Method):
 
     num_blocks: int
 
-    adapt_per_budget: ClassVar[bool] = True
-    is_sparse: ClassVar[bool] = True
-    knob: ClassVar[str] = "blocks_kept"
+    converts_per_budget: ClassVar[bool] = True
+
+    @property
+    def knob(self) -> str:
+        return "blocks_kept"
+
+    @property
+    def blocks(self) -> int:
+        return self.num_blocks
+
+    def conversion(self) -> dict[str, Any]:
+        return {"method": "StaticSlice", "num_blocks": self.num_blocks}
 
     def __post_init__(self) -> None:
         for budget in self.budgets:
@@ -65,16 +75,11 @@ def slice_ffn(ffn: DenseFFN, inputs_TD: Tensor, width: int) -> DenseFFN:
 
     Importance of neuron i is mean |h_i| * ||down_i||, the size of what it adds to the output.
     """
-    sum_F = torch.zeros(ffn.width)
-    size_F = torch.zeros(ffn.width)
-    for chunk_TD in inputs_TD.split(4096):
-        hidden_TF = ffn.hidden(chunk_TD).float()
-        sum_F += hidden_TF.sum(0)
-        size_F += hidden_TF.abs().sum(0)
-    importance_F = size_F * ffn.down_FD.float().norm(dim=1)
+    stats = NeuronStats(ffn, inputs_TD)
+    mean_F, importance_F = stats.mean_activation(), stats.mean_abs_output()
     order_F = importance_F.argsort(descending=True, stable=True)
     kept_W, dropped = order_F[:width].sort().values, order_F[width:]
-    bias_D = (sum_F[dropped] / len(inputs_TD)) @ ffn.down_FD[dropped].float()
+    bias_D = mean_F[dropped] @ ffn.down_FD[dropped].float()
     if ffn.down_bias_D is not None:
         bias_D = bias_D + ffn.down_bias_D.float()
     pick = lambda tensor: None if tensor is None else tensor[kept_W]  # noqa: E731
@@ -97,8 +102,11 @@ class StaticDepth(Method):
     A budget is the number of layers kept. Source: block influence, arXiv:2403.03853 (ShortGPT), eq. 1.
     """
 
-    adapt_per_budget: ClassVar[bool] = True
-    knob: ClassVar[str] = "layers_kept"
+    converts_per_budget: ClassVar[bool] = True
+
+    @property
+    def knob(self) -> str:
+        return "layers_kept"
 
     def __post_init__(self) -> None:
         for budget in self.budgets:

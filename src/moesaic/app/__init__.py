@@ -1,0 +1,1 @@
+"""The entry points: `moesaic` and `moesaic-report`, and the plan of one experiment."""

@@ -1,0 +1,191 @@
+"""One experiment from its checked config to its record."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from moesaic.app.plan import Plan, Point
+from moesaic.app.schema import MoesaicConfig
+from moesaic.app.stages import DOCUMENTS_FILE, FACTS_FILE, ITEMS_FILE, QUALITY_FILE, SPEED_FILE, ffn_widths, read_json
+from moesaic.config.errors import ConfigError
+from moesaic.config.strict import strict_object
+from moesaic.evaluate.items import items_from_rows, summarise
+from moesaic.runs import record as rec
+from moesaic.runs.engine import StageFailedError, StageState, Store
+from moesaic.runs.environment import describe_environment
+from moesaic.runs.stage import Stage
+from moesaic.runs.status import utc_now
+
+__all__ = ["check", "plan_experiment", "run_experiment"]
+
+
+def check(config: MoesaicConfig) -> None:
+    """Refuse, before any stage runs, what cannot work with this backbone and corpus. Raises ConfigError."""
+    for width in ffn_widths(config.backbone, config.backbone.ffn):
+        try:
+            config.method.check_width(width)
+        except ValueError as error:
+            raise ConfigError(f"method.{error}") from error
+    for name, task in config.evaluate.tasks.items():
+        task.check(f"evaluate.tasks.{name}")
+
+
+def plan_experiment(config: MoesaicConfig) -> list[StageState]:
+    """Every stage the experiment needs and what is already there, without computing anything."""
+    check(config)
+    store = Store(config.paths.runs)
+    states = {state.title: state for leaf in Plan(config).leaves() for state in store.explain(leaf)}
+    return list(states.values())
+
+
+def run_experiment(config: MoesaicConfig, plain: dict[str, Any]) -> Path:
+    """Compute what is missing and write the record; returns its folder.
+
+    A point that fails (divergence, memory) is noted in the record with its reason and the others go on; the failure of
+    a stage that every point needs is raised.
+    """
+    check(config)
+    plan, store = Plan(config), Store(config.paths.runs)
+    store.ensure(plan.reference)
+    points = list(plan.points())
+    failures: dict[int, StageFailedError] = {}
+    for index, point in enumerate(points):
+        try:
+            for stage in plan.stages_of(point):
+                store.ensure(stage)
+        except StageFailedError as error:
+            failures[index] = error
+            print(f"moesaic: {error}; going on with the other points", file=sys.stderr, flush=True)
+    folder = store.root / "record" / f"{config.method.name}-{plan.identity}"
+    _write(plan, store, folder, plain, points, failures)
+    if len(failures) == len(points):
+        raise next(iter(failures.values()))
+    return folder
+
+
+def _write(
+    plan: Plan,
+    store: Store,
+    folder: Path,
+    plain: dict[str, Any],
+    points: list[Point],
+    failures: dict[int, StageFailedError],
+) -> None:
+    dense_items = items_by_task(store.folder(plan.reference))
+    written, documents, items = [], [], []
+    for index, point in enumerate(points):
+        if index in failures:
+            written.append(_failed(plan, point, failures[index]))
+            continue
+        source = store.folder(plan.evaluation(point))
+        written.append(_measured(plan, store, point, source, dense_items))
+        where = {"arm": point.arm, "budget": point.budget}
+        documents.append(pd.read_parquet(source / DOCUMENTS_FILE).assign(**where))
+        items.append(pd.read_parquet(source / ITEMS_FILE).assign(**where))
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, frames in ((rec.DOCUMENTS_FILE, documents), (rec.ITEMS_FILE, items)):
+        if frames:
+            pd.concat(frames, ignore_index=True).to_parquet(folder / name)
+    rec.write_record(folder, _record(plan, store, plain, written, failed=bool(failures)))
+
+
+def _record(plan: Plan, store: Store, plain: dict[str, Any], points: list[rec.Point], *, failed: bool) -> rec.Record:
+    config, method = plan.config, plan.method
+    reference = read_json(store.folder(plan.reference) / QUALITY_FILE)
+    widths = ffn_widths(config.backbone, config.backbone.ffn)
+    uses = {use.identity: use for leaf in plan.leaves() for use in store.uses(leaf)}
+    return rec.Record(
+        identity=plan.identity,
+        name=f"{method.name}-{plan.identity}",
+        study=config.study,
+        created_utc=utc_now(),
+        state="failed" if failed else "done",
+        seed=config.seed,
+        backbone=rec.BackboneInfo(
+            name=config.backbone.name,
+            identity=plan.backbone.identity,
+            family=config.backbone.skeleton().config.model_type,
+            parameters_total=reference["cost"]["parameters_total"],
+            revision=config.backbone.fingerprint(),
+        ),
+        data=rec.DataInfo(name=config.data.name, fingerprint=config.data.fingerprint()),
+        method=rec.MethodInfo(
+            name=method.name,
+            variant=method.variant,
+            provenance=method.provenance,
+            regime="post_training",
+            num_blocks=method.blocks,
+            block_size=max(widths) // method.blocks if method.blocks else None,
+            knob=method.knob or None,
+        ),
+        protocol=reference["protocol"],
+        config=plain,
+        environment=describe_environment(config.bench.device),
+        stages=list(uses.values()),
+        adaptation=_adaptation(plan, store),
+        points=points,
+    )
+
+
+def _adaptation(plan: Plan, store: Store) -> rec.Adaptation:
+    """Tokens and steps that one adapted model saw; wall time of all budgets' phases together."""
+    budgets = plan.method.budgets or (None,)
+    chains = [[stage for _, stage in plan.phase_models(budget)] for budget in budgets]
+    facts = {stage.identity: _facts(store, stage) for chain in chains for stage in chain}
+    last = [facts[stage.identity] for stage in chains[-1]]
+    return rec.Adaptation(
+        tokens=sum(fact.get("tokens", 0) for fact in last),
+        steps=sum(fact.get("steps", 0) for fact in last),
+        wall_seconds=sum(fact.get("wall_seconds", 0.0) for fact in facts.values()),
+    )
+
+
+def _facts(store: Store, stage: Stage) -> dict[str, Any]:
+    path = store.folder(stage) / FACTS_FILE
+    return read_json(path) if path.exists() else {}
+
+
+def _failed(plan: Plan, point: Point, error: StageFailedError) -> rec.Point:
+    failure = rec.Failure(reason=error.reason, message=error.message)
+    return rec.Point(arm=point.arm, budget=point.budget, knob=plan.method.knob or None, failure=failure)
+
+
+def _measured(plan: Plan, store: Store, point: Point, source: Path, dense_items: dict[str, Any]) -> rec.Point:
+    result = read_json(source / QUALITY_FILE)
+    cost = dict(result["cost"])
+    active = cost.pop("active_ffn_frac")
+    cost.pop("attention_context_tokens")
+    own_items = items_by_task(source)
+    tasks = {
+        name: rec.TaskScore(**_task_fields({**summary, **summarise(own_items[name], dense_items[name])}))
+        for name, summary in result.get("tasks", {}).items()
+        if name in own_items
+    }
+    speed = read_json(store.folder(plan.timing(point)) / SPEED_FILE) if len(plan.stages_of(point)) > 1 else {}
+    return rec.Point(
+        arm=point.arm,
+        budget=point.budget,
+        knob=plan.method.knob or None,
+        active_ffn_frac=active,
+        quality=rec.Quality(**result["quality"], tasks=tasks),
+        cost=rec.Cost(**cost),
+        speed=[strict_object(rec.Speed, cell) for cell in speed.get("speed", [])],
+        routing=rec.RoutingUse(**result["routing"]) if result.get("routing") else None,
+    )
+
+
+def _task_fields(summary: dict[str, Any]) -> dict[str, Any]:
+    return {field.name: summary[field.name] for field in fields(rec.TaskScore) if field.name in summary}
+
+
+def items_by_task(folder: Path) -> dict[str, Any]:
+    """The answered items of each task in an evaluation's folder."""
+    frame = pd.read_parquet(folder / ITEMS_FILE)
+    if frame.empty:
+        return {}
+    return {str(task): items_from_rows(rows.to_dict("records")) for task, rows in frame.groupby("task", sort=False)}

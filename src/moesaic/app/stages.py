@@ -1,0 +1,329 @@
+"""Each stage of an experiment: what decides its output, what it needs, how it is computed."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pandas as pd
+import torch
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from moesaic.app.schema import MoesaicConfig
+from moesaic.backbones.base import Backbone
+from moesaic.backbones.pretrain import PretrainHere
+from moesaic.backbones.source import load_backbone
+from moesaic.bench.anatomy import read_anatomy
+from moesaic.bench.config import prompt_rows
+from moesaic.bench.cost import cost_record
+from moesaic.bench.point import BenchRequest, bench_point
+from moesaic.bench.worker import run_fresh
+from moesaic.data.corpus import Corpus, Split
+from moesaic.data.tokenizer import train_bpe
+from moesaic.data.tokens import TokenSplit, tokenise
+from moesaic.evaluate.harness import run_tasks
+from moesaic.evaluate.perplexity import perplexity
+from moesaic.ffn.families import FFNPattern
+from moesaic.methods.base import AdaptJob, ConvertJob, Phase, SparseMethod, select_blocks
+from moesaic.methods.calibration import Calibration, calibrate
+from moesaic.methods.controls import Arm, apply_arm
+from moesaic.runs.atomic import write_json_atomic
+from moesaic.runs.stage import Stage
+from moesaic.sparse.layer import sparse_layers
+from moesaic.sparse.model import load_model
+from moesaic.sparse.trace import record_routing
+from moesaic.training.progress import ProgressLine
+
+__all__ = [
+    "adapt",
+    "convert",
+    "evaluate",
+    "fetch_backbone",
+    "prepare",
+    "pretrain_backbone",
+    "run_calibration",
+    "time",
+    "tokenise_split",
+    "train_tokenizer",
+]
+
+FACTS_FILE = "facts.json"  # what a phase reports beside the model
+QUALITY_FILE = "quality.json"
+SPEED_FILE = "speed.json"
+DOCUMENTS_FILE = "documents.parquet"
+ITEMS_FILE = "items.parquet"
+
+Folders = tuple[Path, ...]
+
+
+def train_tokenizer(corpus: Corpus, backbone: PretrainHere) -> Stage:
+    """A byte-level BPE of the training split."""
+
+    def compute(folder: Path, _: Folders) -> None:
+        texts = (document.text for document in corpus.documents("train"))
+        train_bpe(texts, backbone.vocab_size).save_pretrained(folder)
+
+    config = {"corpus": corpus, "content": corpus.fingerprint(), "vocab_size": backbone.vocab_size}
+    return Stage(name="tokenizer", label=corpus.name, config=config, compute=compute)
+
+
+def tokenise_split(corpus: Corpus, split: Split, tokenizer: Stage, max_tokens: int | None) -> Stage:
+    """A corpus split as tokens of the tokenizer that the stage `tokenizer` holds (a backbone holds its own)."""
+
+    def compute(folder: Path, parents: Folders) -> None:
+        tokenise(corpus, split, load_tokenizer(parents[0]), folder, max_tokens=max_tokens)
+
+    config = {"corpus": corpus, "content": corpus.fingerprint(), "split": split, "max_tokens": max_tokens}
+    return Stage(name="tokens", label=f"{corpus.name}-{split}", config=config, parents=(tokenizer,), compute=compute)
+
+
+def fetch_backbone(backbone: Backbone) -> Stage:
+    """A dense model that exists: a local folder, a hub name, an imported file."""
+
+    def compute(folder: Path, _: Folders) -> None:
+        backbone.materialise(folder, tokens=None, tokenizer=None, seed=0)
+
+    config = {"backbone": backbone, "content": backbone.fingerprint()}
+    return Stage(name="backbone", label=backbone.name, config=config, compute=compute)
+
+
+def pretrain_backbone(backbone: Backbone, tokenizer: Stage, tokens: Stage) -> Stage:
+    """A dense model pretrained here. Its seed is its own, so that all seeds of an experiment share it."""
+
+    def compute(folder: Path, parents: Folders) -> None:
+        backbone.materialise(
+            folder, tokens=TokenSplit.load(parents[1]), tokenizer=cast(Any, load_tokenizer(parents[0])), seed=0
+        )
+
+    config = {"backbone": backbone, "content": backbone.fingerprint()}
+    return Stage(name="backbone", label=backbone.name, config=config, parents=(tokenizer, tokens), compute=compute)
+
+
+def prepare(config: MoesaicConfig, backbone: Stage, tokens: Stage) -> Stage:
+    """The dense model as the method's `prepare` leaves it."""
+    change = config.method.prepare
+    assert change is not None
+
+    def compute(folder: Path, parents: Folders) -> None:
+        model, tokenizer = load_backbone(parents[0])
+        job = _adapt_job(config, model.float(), parents[1], None, folder, f"prepare {config.method.name}")
+        save_model(model, tokenizer, folder, change.run(job))
+
+    counted = {"prepare": change, "context": config.adapt.context, "seed": config.seed}
+    parents = (backbone, tokens)
+    return Stage(name="prepare", label=config.method.name, config=counted, parents=parents, compute=compute)
+
+
+def run_calibration(config: MoesaicConfig, dense: Stage, tokens: Stage) -> Stage:
+    """The inputs of every FFN of the dense model on training tokens."""
+    method, context = config.method, config.adapt.context
+
+    def compute(folder: Path, parents: Folders) -> None:
+        model, _ = load_backbone(parents[0])
+        split = TokenSplit.load(parents[1])
+        pattern = config.backbone.ffn
+        calibrate(model, split, folder, pattern=pattern, num_tokens=method.calibration_tokens, context=context)
+
+    counted = {"tokens": method.calibration_tokens, "context": context}
+    label = f"{config.backbone.name}-{method.calibration_tokens}"
+    return Stage(name="calibrate", label=label, config=counted, parents=(dense, tokens), compute=compute)
+
+
+def convert(config: MoesaicConfig, dense: Stage, calibration: Stage | None, budget: float | None) -> Stage:
+    """The model after the cut: no weight is trained yet, and a routed model still runs all its blocks."""
+    method = config.method
+
+    def compute(folder: Path, parents: Folders) -> None:
+        model, tokenizer = load_backbone(parents[0])
+        cached = Calibration.load(parents[1]) if calibration is not None else None
+        job = ConvertJob(
+            model=model, pattern=config.backbone.ffn, calibration=cached, budget=budget, seed=config.seed
+        )
+        save_model(method.convert(job), tokenizer, folder, {})
+
+    counted = {"method": method.conversion(), "budget": budget, "seed": config.seed}
+    parents = (dense,) if calibration is None else (dense, calibration)
+    return Stage(name="convert", label=_label(method.name, budget), config=counted, parents=parents, compute=compute)
+
+
+def adapt(
+    config: MoesaicConfig,
+    name: str,
+    phase: Phase,
+    budget: float | None,
+    model: Stage,
+    tokens: Stage,
+    calibration: Stage | None,
+) -> Stage:
+    """The model after one phase of the recipe; resumed from its checkpoint when it was killed."""
+    method = config.method
+
+    def compute(folder: Path, parents: Folders) -> None:
+        net, tokenizer = load_any(parents[0])
+        selection = method.selection_at(budget)
+        if selection is not None:
+            select_blocks(net, selection)
+        cached = Calibration.load(parents[2]) if calibration is not None else None
+        label = f"{_label(method.name, budget)} {name}"
+        job = _adapt_job(config, net.float(), parents[1], cached, folder, label)
+        save_model(net, tokenizer, folder, phase.run(job))
+
+    counted = {"phase": phase, "budget": budget, "context": config.adapt.context, "seed": config.seed}
+    if isinstance(method, SparseMethod) and phase.uses_selection:
+        counted["select"] = method.select
+    parents = (model, tokens) if calibration is None else (model, tokens, calibration)
+    label = f"{_label(method.name, budget)}-{name}"
+    return Stage(name="adapt", label=label, config=counted, parents=parents, compute=compute)
+
+
+def evaluate(
+    config: MoesaicConfig,
+    arm: Arm,
+    budget: float | None,
+    model: Stage,
+    dense: Stage,
+    heldout: Stage,
+    calibration: Stage | None,
+) -> Stage:
+    """Quality, cost and routing statistics of one arm at one budget."""
+    method, settings = config.method, config.evaluate
+    tasks = settings.tasks if arm in ("adapted", "dense") else {}
+
+    def compute(folder: Path, parents: Folders) -> None:
+        net, tokenizer = load_any(parents[0])
+        if isinstance(method, SparseMethod) and sparse_layers(net):
+            cached = Calibration.load(parents[3]) if calibration is not None else None
+            apply_arm(net, arm, method, cast(float, budget), cached, config.seed)
+        split = TokenSplit.load(parents[2])
+        label = f"{arm} {_label(method.name, budget)}"
+        result: dict[str, Any] = {}
+        with ProgressLine(f"perplexity {label}", None) as line, record_routing(net) as trace:
+            loss = perplexity(net, split, **asdict(settings.perplexity), progress=lambda done, _: line.update(done))
+        blocks_L = trace.mean_blocks_L() if sparse_layers(net) else None
+        reference = read_anatomy(load_any(parents[1])[0], config.backbone.ffn)
+        result["cost"] = cost_record(reference, read_anatomy(net, config.backbone.ffn), blocks_L=blocks_L)
+        if sparse_layers(net):
+            result["routing"] = trace.summary()
+        result["quality"], result["protocol"] = loss.summary(), {"perplexity": loss.protocol}
+        pd.DataFrame(loss.rows()).to_parquet(folder / DOCUMENTS_FILE)
+        rows: list[dict[str, Any]] = []
+        if tasks:
+            documents = list(config.data.documents("heldout"))
+            with ProgressLine(f"lm-eval {label}", None, unit="requests") as line:
+                answers = run_tasks(
+                    net,
+                    tokenizer,
+                    tasks,
+                    documents=documents,
+                    batch_size=settings.batch_size,
+                    limit=settings.limit,
+                    seed=0,
+                    progress=lambda done, _: line.update(done),
+                )
+            result["tasks"] = {name: answer.summary() for name, answer in answers.items()}
+            result["protocol"]["tasks"] = {name: answer.protocol for name, answer in answers.items()}
+            rows = [row for answer in answers.values() for row in answer.rows()]
+        pd.DataFrame(rows).to_parquet(folder / ITEMS_FILE)
+        write_json_atomic(folder / QUALITY_FILE, result)
+
+    counted: dict[str, Any] = {"arm": arm, "budget": budget, "perplexity": settings.perplexity, "tasks": tasks}
+    if tasks:
+        counted |= {"batch_size": settings.batch_size, "limit": settings.limit}
+    if isinstance(method, SparseMethod) and arm != "dense":
+        counted |= {"select": method.select, "seed": config.seed}
+        counted |= {"oracle": method.oracle} if arm == "oracle_router" else {}
+    parents = (model, dense, heldout) if calibration is None else (model, dense, heldout, calibration)
+    label = "dense" if arm == "dense" else f"{_label(method.name, budget)}-{arm}"
+    return Stage(name="evaluate", label=label, config=counted, parents=parents, compute=compute)
+
+
+def time(
+    config: MoesaicConfig, arm: Arm, budget: float | None, dense: Stage, model: Stage, heldout: Stage
+) -> Stage:
+    """Time of the model beside the dense backbone's, interleaved in a fresh process, on real tokens."""
+    method, settings = config.method, config.bench
+
+    def compute(folder: Path, parents: Folders) -> None:
+        tokens_NC = TokenSplit.load(parents[2]).blocks(settings.prompt_tokens)
+        request = BenchRequest(
+            dense=parents[0],
+            sparse=parents[1],
+            select=method.selection_at(budget),
+            prompts=prompt_rows(np.asarray(tokens_NC), settings),
+            config=settings,
+            pattern=config.backbone.ffn,
+            samples=folder / "samples.parquet",
+        )
+        outcome = run_fresh(bench_point, request, timeout_seconds=settings.timeout_seconds)
+        if outcome.failure is not None:
+            raise RuntimeError(f"timing {arm} {method.name}: {outcome.failure.reason}: {outcome.failure.message}")
+        write_json_atomic(folder / SPEED_FILE, outcome.result)
+
+    counted = {"budget": budget, "bench": settings, "select": method.selection_at(budget)}
+    label = _label(method.name, budget)
+    return Stage(name="bench", label=label, config=counted, parents=(dense, model, heldout), compute=compute)
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer beside a model, or alone in the folder of a tokenizer stage."""
+    if (folder / "tokenizer_config.json").exists():
+        return AutoTokenizer.from_pretrained(folder)
+    return load_backbone(folder)[1]
+
+
+def load_any(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model that any stage left in `folder`, dense or sparse, with its tokenizer."""
+    if (folder / "modeling_moesaic.py").exists():
+        return load_model(folder), load_tokenizer(folder)
+    return load_backbone(folder)
+
+
+def save_model(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, facts: dict[str, Any]
+) -> None:
+    """Leave an ordinary Hugging Face folder, and what was found out on the way; a finished fit's checkpoint goes."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    write_json_atomic(folder / FACTS_FILE, facts)
+    (folder / "last.ckpt").unlink(missing_ok=True)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object that a stage wrote."""
+    return cast(dict[str, Any], json.loads(path.read_text()))
+
+
+def _adapt_job(
+    config: MoesaicConfig,
+    model: PreTrainedModel,
+    tokens: Path,
+    calibration: Calibration | None,
+    folder: Path,
+    label: str,
+) -> AdaptJob:
+    # The one thing every fit draws from the global generators is dropout; a phase starts the same whatever ran before.
+    torch.manual_seed(config.seed)
+    return AdaptJob(
+        model=model,
+        pattern=config.backbone.ffn,
+        calibration=calibration,
+        tokens=TokenSplit.load(tokens),
+        context=config.adapt.context,
+        seed=config.seed,
+        folder=folder,
+        label=label,
+    )
+
+
+def _label(name: str, budget: float | None) -> str:
+    return name if budget is None else f"{name}@{budget:g}"
+
+
+def ffn_widths(backbone: Backbone, pattern: FFNPattern | None) -> set[int]:
+    """The FFN widths of a backbone, read off its skeleton: no weight is loaded."""
+    from moesaic.ffn.sites import find_ffns
+
+    return {site.read().width for site in find_ffns(backbone.skeleton(), pattern)}
