@@ -1,4 +1,4 @@
-"""Checkpoint files: written whole or not at all, checked before use, and holding no frozen weights."""
+"""Checkpoint files: written whole or not at all, checked before use; with random states, without frozen weights."""
 
 import logging
 import zipfile
@@ -12,8 +12,9 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 
 from moesaic.training.errors import CheckpointError
 from moesaic.training.files import replace_whole
+from moesaic.training.randomness import random_state, set_random_state
 
-__all__ = ["DurableCheckpointIO", "TrainedWeights", "whole_checkpoint"]
+__all__ = ["DurableCheckpointIO", "RandomState", "TrainedWeights", "whole_checkpoint"]
 
 _log = logging.getLogger(__name__)
 
@@ -67,6 +68,24 @@ class TrainedWeights(Callback):
                 f"{trainer.ckpt_path} belongs to another model: it lacks {missing[:3]} and has unknown {unknown[:3]}. "
                 "Delete it to train from the start."
             )
+
+
+class RandomState(Callback):
+    """Saves and restores the state of every random generator a training step may draw from; Lightning saves none."""
+
+    def __init__(self) -> None:
+        self._loaded: dict[str, Any] | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return random_state()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._loaded = state_dict
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._loaded is not None:
+            set_random_state(self._loaded)
+            self._loaded = None
 
 
 def whole_checkpoint(path: Path) -> Path | None:

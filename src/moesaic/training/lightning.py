@@ -14,10 +14,10 @@ from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.plugins.environments import SLURMEnvironment
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
-from moesaic.training.checkpoint import DurableCheckpointIO, TrainedWeights, whole_checkpoint
+from moesaic.training.checkpoint import DurableCheckpointIO, RandomState, TrainedWeights, whole_checkpoint
 from moesaic.training.fit import FitConfig, FitResult
 from moesaic.training.loader import Batches
-from moesaic.training.randomness import RandomState, own_randomness
+from moesaic.training.randomness import own_randomness
 from moesaic.training.recorder import Recorder
 from moesaic.training.saving import Checkpoints, interrupt_between_steps
 

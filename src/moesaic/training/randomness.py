@@ -1,4 +1,4 @@
-"""Random states of a fit: its own while it runs, saved with each checkpoint, the caller's put back afterwards."""
+"""The state of every global random generator: read, put back, or fixed for a while."""
 
 import random
 from collections.abc import Iterator
@@ -7,43 +7,25 @@ from typing import Any
 
 import numpy as np
 import torch
-from pytorch_lightning import Callback, LightningModule, Trainer
 
-__all__ = ["RandomState", "own_randomness"]
-
-
-class RandomState(Callback):
-    """Saves and restores the state of every random generator a training step may draw from; Lightning saves none."""
-
-    def __init__(self) -> None:
-        self._loaded: dict[str, Any] | None = None
-
-    def state_dict(self) -> dict[str, Any]:
-        return _random_state()
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._loaded = state_dict
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._loaded is not None:
-            _set_random_state(self._loaded)
-            self._loaded = None
+__all__ = ["own_randomness", "random_state", "set_random_state"]
 
 
 @contextmanager
 def own_randomness(seed: int) -> Iterator[None]:
     """Run the body with all global generators seeded by `seed`, and leave them afterwards as they were found."""
-    before = _random_state()
+    before = random_state()
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
     try:
         yield
     finally:
-        _set_random_state(before)
+        set_random_state(before)
 
 
-def _random_state() -> dict[str, Any]:
+def random_state() -> dict[str, Any]:
+    """The states of python, numpy, torch and CUDA, in types that a safe load accepts."""
     kind, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
     return {
         "python": random.getstate(),
@@ -54,7 +36,8 @@ def _random_state() -> dict[str, Any]:
     }
 
 
-def _set_random_state(state: dict[str, Any]) -> None:
+def set_random_state(state: dict[str, Any]) -> None:
+    """Put back what `random_state` returned."""
     random.setstate(state["python"])
     kind, keys, *rest = state["numpy"]
     np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
