@@ -1,0 +1,1 @@
+"""Dense models to start from: loaded, imported or pretrained on the spot."""
