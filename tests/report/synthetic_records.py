@@ -66,7 +66,7 @@ def record(
             "block_size": 32,
             "knob": "k",
         },
-        "protocol": {"context": 256, "stride": 128, "tokens_counted": 100_000, "dtype": "float32", "task_batch_size": 16},
+        "protocol": {"context": 256, "stride": 128, "tokens_counted": 9_000, "dtype": "float32"},
         "config": {"seed": seed, "method": {"name": method, **config}, "paths": {"runs": f"/somewhere/{seed}"}},
         "environment": {"cpu": "Synthetic CPU", "threads": 2, "torch": "0.0-synthetic", "host": "nowhere"},
         "stages": [
@@ -131,7 +131,12 @@ def cell(
         "tokens": tokens,
         "context": context,
         "dense_ms": {"median": dense_ms, "p10": dense_ms * 0.95, "p90": dense_ms * 1.1, "n": 40},
-        "sparse_ms": {"median": dense_ms * ratio, "p10": dense_ms * ratio * 0.95, "p90": dense_ms * ratio * 1.1, "n": 40},
+        "sparse_ms": {
+            "median": dense_ms * ratio,
+            "p10": dense_ms * ratio * 0.95,
+            "p90": dense_ms * ratio * 1.1,
+            "n": 40,
+        },
         "ratio": ratio,
         "ratio_low": ratio * 0.97,
         "ratio_high": ratio * 1.03,

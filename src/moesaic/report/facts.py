@@ -1,4 +1,4 @@
-"""How a set of records was measured: what their protocols and environments share and where they differ, and its cost."""
+"""How a set of records was measured: what protocols and environments share, where they differ, what it cost."""
 
 from __future__ import annotations
 
@@ -12,12 +12,14 @@ from moesaic.report.load import Experiment
 
 __all__ = ["shared_facts", "stage_costs"]
 
+_STAGE_NUMBERS = ("wall_seconds", "cpu_seconds", "peak_rss_bytes")
+
 
 def shared_facts(experiments: Iterable[Experiment], part: str) -> list[tuple[str, list[str]]]:
     """For each leaf of the records' `part` ("environment", "protocol"): its dotted name and its distinct values."""
     found: dict[str, dict[str, None]] = {}
     for experiment in experiments:
-        for key, value in _leaves(experiment.record.get(part) or {}):
+        for key, value in _leaves(experiment.record[part]):
             found.setdefault(key, {})[value] = None
     return [(key, list(values)) for key, values in found.items()]
 
@@ -30,11 +32,13 @@ def stage_costs(experiments: Iterable[Experiment]) -> pd.DataFrame:
     rows = []
     for experiment in experiments:
         stages = experiment.record.get("stages")
-        rows += [stage for stage in stages if isinstance(stage, Mapping)] if isinstance(stages, list) else []
-    columns = ["stage", "identity", "wall_seconds", "cpu_seconds", "peak_rss_bytes"]
-    frame = pd.DataFrame(rows, columns=columns).drop_duplicates(["stage", "identity"])
-    for column in columns[2:]:
-        frame[column] = pd.to_numeric(frame[column], errors="coerce")
+        for stage in stages if isinstance(stages, list) else []:
+            if isinstance(stage, Mapping) and isinstance(stage.get("stage"), str):
+                numbers = {name: stage.get(name) for name in _STAGE_NUMBERS}
+                numeric = {name: value if isinstance(value, int | float) else None for name, value in numbers.items()}
+                rows.append({"stage": stage["stage"], "identity": str(stage.get("identity")), **numeric})
+    frame = pd.DataFrame(rows, columns=["stage", "identity", *_STAGE_NUMBERS]).drop_duplicates(["stage", "identity"])
+    frame = frame.astype(dict.fromkeys(_STAGE_NUMBERS, "float64"))
     return (
         frame.groupby("stage", sort=False)
         .agg(

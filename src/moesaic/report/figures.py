@@ -13,19 +13,19 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
-from matplotlib.ticker import FuncFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from matplotlib.transforms import Bbox
 
 from moesaic.report import format as fmt
 from moesaic.report.columns import Quality
 from moesaic.report.front import cell_label, dense_quality
-from moesaic.report.palette import Mark, marks
+from moesaic.report.palette import Mark, candidate_marks
 from moesaic.report.summary import CELL_KEYS, DENSE_METHODS
 from moesaic.runs.atomic import open_atomic
 
 __all__ = ["DPI", "STYLE", "draw_fronts", "empty_figure", "save_png"]
 
-STYLE = {
+STYLE: Any = {
     "font.size": 9.5,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -63,7 +63,7 @@ def draw_fronts(candidates: pd.DataFrame, quality: Quality) -> Figure:
         columns = max(len(cells) for _, cells in rows)
         width, height = _PANEL_INCHES
         figure = Figure(figsize=(width * columns, height * len(rows) + 0.9), dpi=DPI, layout="constrained")
-        styles = marks(zip(candidates["label"], candidates["method"], strict=True))
+        styles = candidate_marks(candidates)
         several = candidates["setting"].nunique() > 1
         panels = []
         for number, (setting, cells) in enumerate(rows):
@@ -169,6 +169,7 @@ def _quality_axis(axes: Axes, points: pd.DataFrame, quality: Quality) -> None:
     low, high = points["value"].min(), points["value"].max()
     if low > 0 and high / low > _LOG_SPAN:
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 5.0, 7.0)))
         axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
@@ -200,7 +201,11 @@ def _label_shares(axes: Axes, points: pd.DataFrame) -> None:
                 path_effects=[withStroke(linewidth=2, foreground="white")],
             )  # fmt: skip
             box = note.get_window_extent()
-            if not any(box.overlaps(other) for other in taken) and axes.bbox.containsx(box.x0) and axes.bbox.containsx(box.x1):
+            if (
+                not any(box.overlaps(other) for other in taken)
+                and axes.bbox.containsx(box.x0)
+                and axes.bbox.containsx(box.x1)
+            ):
                 taken.append(box)
                 break
             note.remove()

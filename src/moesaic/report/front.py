@@ -30,6 +30,7 @@ __all__ = [
 
 FRONT_KEYS = ("setting", *CELL_KEYS)
 
+
 @dataclass(frozen=True, slots=True)
 class ReferencePoint:
     """The corner that hypervolumes are measured from, in units of the dense model.
@@ -59,7 +60,7 @@ def fronts(table: pd.DataFrame, quality: Quality, *, resamples: int = 400, seed:
     parts = []
     for _, group in candidates.groupby(list(FRONT_KEYS), dropna=False, sort=False):
         points = group[["value", "ratio"]].to_numpy(dtype=float)
-        seeds = [_draws_of(row, draws) for row in group.to_dict("records")]
+        seeds = [_draws_of({str(key): value for key, value in row.items()}, draws) for row in group.to_dict("records")]
         generator = np.random.default_rng(seed)
         parts.append(
             group.assign(
@@ -155,8 +156,8 @@ def _candidates(table: pd.DataFrame, quality: Quality) -> pd.DataFrame:
         value_low=everything[f"{quality.column}_low"],
         value_high=everything[f"{quality.column}_high"],
     )
-    finite = np.isfinite(everything[["value", "ratio"]].astype(float)).all(axis=1)
-    return in_reading_order(everything[finite]).reset_index(drop=True)
+    finite = np.isfinite(everything[["value", "ratio"]].to_numpy(dtype=float)).all(axis=1)
+    return in_reading_order(everything.loc[finite]).reset_index(drop=True)
 
 
 _DRAW_KEYS = ("configuration", "arm", "budget", *CELL_KEYS)
@@ -177,9 +178,7 @@ def _seed_draws(table: pd.DataFrame, quality: Quality) -> dict[tuple[object, ...
     return draws
 
 
-def _draws_of(
-    row: dict[str, object], draws: dict[tuple[object, ...], NDArray[np.float64]]
-) -> NDArray[np.float64]:
+def _draws_of(row: dict[str, object], draws: dict[tuple[object, ...], NDArray[np.float64]]) -> NDArray[np.float64]:
     names = _DRAW_KEYS[:3] if row["method"] in DENSE_METHODS else (*_DRAW_KEYS, "setting")
     values = draws[_key(tuple(row[name] for name in names))]
     return values if len(values) else np.array([[row["value"], row["ratio"]]], dtype=float)

@@ -11,6 +11,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 
 from moesaic.report import format as fmt
 from moesaic.report.columns import Quality
@@ -20,7 +21,7 @@ from moesaic.report.palette import RUNG_MARKS, RungMark
 
 __all__ = ["draw_gaps"]
 
-_LINES = {"dense": "solid", "dense_same_tokens": (0, (4, 3))}
+_LINES: dict[str, Any] = {"dense": "solid", "dense_same_tokens": (0, (4, 3))}
 
 
 def draw_gaps(gaps: pd.DataFrame, quality: Quality) -> Figure:
@@ -52,10 +53,20 @@ def _panel(axes: Axes, rows: pd.DataFrame, quality: Quality) -> None:
     axes.tick_params(axis="y", length=0)
     axes.set_ylim(len(names) - 0.5, -0.5)
     if np.isfinite(limit):
-        axes.set_xlim(**{"left" if quality.maximise else "right": limit})
+        near, far = axes.get_xlim()
+        axes.set_xlim((limit, far) if quality.maximise else (near, limit))
     if quality.column == "nats_per_token":
-        axes.secondary_xaxis("top", functions=(np.exp, _log)).set_xlabel("perplexity", fontsize=8.5)
+        _perplexity_axis(axes)
     axes.set_xlabel(f"{quality.label}  ({'right' if quality.maximise else 'left'} is better)")
+
+
+def _perplexity_axis(axes: Axes) -> None:
+    low, high = axes.get_xlim()
+    top = axes.secondary_xaxis("top", functions=(np.exp, _log))
+    top.set_xlabel("perplexity", fontsize=8.5)
+    wide = LogLocator(subs=(1.0, 2.0, 5.0)) if high - low > np.log(3) else MaxNLocator(6)
+    top.xaxis.set_major_locator(wide)
+    top.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
 def _log(values: Any) -> Any:
@@ -71,7 +82,7 @@ def _ladder(axes: Axes, height: int, row: Mapping[Any, Any], limit: float) -> No
         value = row[rung.rung]
         if pd.isna(value):
             continue
-        if _outside(value, row["dense"], limit):
+        if (value - limit) * (limit - row["dense"]) > 0:  # beyond the limit, seen from dense; false without a limit
             beyond.append(f"{rung.label} {fmt.significant(value, 3)}")
             continue
         axes.plot(
@@ -85,19 +96,15 @@ def _ladder(axes: Axes, height: int, row: Mapping[Any, Any], limit: float) -> No
         )  # fmt: skip
 
 
-def _outside(value: float, dense: float, limit: float) -> bool:
-    return bool(np.isfinite(limit) and abs(value - dense) > abs(limit - dense) and (value - dense) * (limit - dense) > 0)
-
-
 def _legend(figure: Figure) -> None:
     entries = [_entry(rung) for rung in RUNG_MARKS]
-    entries += [Line2D([], [], color="#555555", linestyle=style, label=name) for name, style in _LINES.items()]  # type: ignore[arg-type]
+    entries += [Line2D([], [], color="#555555", linestyle=style, label=name) for name, style in _LINES.items()]
     figure.legend(handles=entries, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
 
 
 def _entry(rung: RungMark) -> Line2D:
     fill = rung.mark.light if rung.filled else "white"
     return Line2D(
-        [], [], color=rung.mark.light, marker=rung.mark.marker, linestyle="none", markerfacecolor=fill, markeredgewidth=1.6,
-        markersize=8, label=rung.label,
+        [], [], color=rung.mark.light, marker=rung.mark.marker, linestyle="none", markerfacecolor=fill,
+        markeredgewidth=1.6, markersize=8, label=rung.label,
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""report.html: one file that needs no network. Tables of fixed content are written here; page/report.js draws the rest."""
+"""report.html: one file that needs no network. Fixed tables are written here; page/report.js draws the rest."""
 
 from __future__ import annotations
 
@@ -127,8 +127,8 @@ def _notes(reference: ReferencePoint) -> str:
         [
             "Time / dense is a ratio: sparse time over dense time, both measured in one process, alternating. Below 1 "
             "is faster than the dense model; 1 / ratio is the speed-up.",
-            "The ideal ratio comes from the cost model with measured memory and arithmetic ceilings. The captured share "
-            "is (1 - ratio) / (1 - ideal ratio): how much of the possible saving was reached.",
+            "The ideal ratio comes from the cost model with measured memory and arithmetic ceilings. The captured "
+            "share is (1 - ratio) / (1 - ideal ratio): how much of the possible saving was reached.",
             "Model FLOPs / dense is counted, not timed. All blocks on is the measured ratio with nothing left out: "
             "what routing itself costs.",
             "Active FFN is the share of all FFN neurons, of all layers, that ran.",
@@ -188,6 +188,6 @@ def _table(heads: list[str], rows: list[list[str]], *, text: set[int], label: st
         "<tr>" + "".join(f"<td {kind[i]}>{cell}</td>" for i, cell in enumerate(row)) + "</tr>" for row in rows
     )
     return (
-        f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(label)}"><table><thead><tr>{head}</tr>'
-        f"</thead><tbody>{body}</tbody></table></div>"
+        f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(label)}"><table class="fixed">'
+        f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
     )

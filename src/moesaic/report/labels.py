@@ -28,9 +28,7 @@ def label_configurations(frame: pd.DataFrame, configs: Mapping[str, Mapping[str,
     return labels | _separated(labels, frame)
 
 
-def _label_variant(
-    base: str, members: pd.DataFrame, configs: Mapping[str, Mapping[str, Any]]
-) -> dict[str, str]:
+def _label_variant(base: str, members: pd.DataFrame, configs: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     flat = {
         str(row["configuration"]): _flatten(configs.get(str(row["identity"]), {}), knob=str(row["knob"] or ""))
         for row in members.to_dict("records")

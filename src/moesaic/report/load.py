@@ -114,13 +114,15 @@ def load(runs: str | Path) -> LoadedRuns:
             continue
         try:
             record = _read_record(folder)
-            if record["identity"] in experiments:
-                raise RecordError(f"same experiment as {experiments[record['identity']].folder}")
-            rows += _rows(record, folder)
+            found = _rows(record, folder)
+            identity_text = str(record["identity"])
+            if identity_text in experiments:
+                raise RecordError(f"same experiment as {experiments[identity_text].folder}")
         except RecordError as error:
             skipped.append(Skipped(path=folder / "record.json", reason=str(error)))
             continue
-        experiments[record["identity"]] = Experiment(folder=folder, record=record)
+        rows += found
+        experiments[identity_text] = Experiment(folder=folder, record=record)
     if not experiments:
         raise NoRecordsError(_nothing_found(root, skipped))
     return LoadedRuns(
@@ -164,8 +166,11 @@ def _read_record(folder: Path) -> dict[str, Any]:
         raise RecordError(f"schema_version {record['schema_version']!r}; this version of moesaic reads {known}")
     if record.get("state", "done") != "done":
         raise RecordError(f"its state is {record['state']!r}, not 'done'")
-    if not isinstance(record.get("points"), list) or not all(isinstance(point, dict) for point in record["points"]):
-        raise RecordError("'points' is missing or not a list of objects")
+    if not isinstance(record.get("points"), list) or not record["points"]:
+        raise RecordError("'points' is missing, empty or not a list")
+    for part in ("config", "environment", "protocol"):
+        if not isinstance(record.setdefault(part, {}), dict):
+            raise RecordError(f"{part} is not an object")
     return record
 
 
@@ -173,16 +178,17 @@ def _rows(record: Mapping[str, Any], folder: Path) -> list[dict[str, Any]]:
     """The table's rows of one record. RecordError for a field that is missing or of the wrong type."""
     common = _extract(record, RECORD_COLUMNS, "")
     common["record_dir"] = str(folder)
-    common["machine"] = machine_name(record.get("environment") or {}, record.get("protocol") or {})
-    common["configuration"] = record.get("configuration") or _configuration(record)
-    default_knob = _at(record, "method.knob")
+    common["machine"] = machine_name(record["environment"], record["protocol"])
+    common["configuration"] = str(record.get("configuration") or _configuration(record))
+    default_knob = str(_at(record, "method.knob") or "") or None
     rows = []
     for index, point in enumerate(record["points"]):
         where = f"points[{index}]"
-        values = common | {"knob": default_knob}
-        values |= {name: value for name, value in _extract(point, POINT_COLUMNS, where).items() if value is not None}
-        values |= _task_values(point, where)
+        values = common | _extract(point, POINT_COLUMNS, where) | _task_values(point, where)
+        values["knob"] = values["knob"] or default_knob
         cells = point.get("speed") or []
+        if not isinstance(cells, list):
+            raise RecordError(f"{where}.speed is not a list")
         for number, cell in enumerate(cells):
             rows.append(values | _extract(cell, CELL_COLUMNS, f"{where}.speed[{number}]"))
         if not cells:
@@ -196,7 +202,7 @@ def _configuration(record: Mapping[str, Any]) -> str:
         "backbone": _at(record, "backbone.identity") or _at(record, "backbone.name"),
         "data": _at(record, "data.fingerprint"),
         "method": [_at(record, "method.name"), _at(record, "method.variant")],
-        "config": without_seeds(record.get("config") or {}),
+        "config": without_seeds(record["config"]),
     }
     try:
         return identity(parts)
@@ -275,7 +281,7 @@ def _tidy(rows: list[dict[str, Any]], experiments: Iterable[Experiment]) -> pd.D
 
 def _configs(experiments: Iterable[Experiment]) -> dict[str, dict[str, Any]]:
     """Identity of each record to its resolved config, seeds and result-neutral parts left out."""
-    return {str(e.record["identity"]): without_seeds(e.record.get("config") or {}) for e in experiments}
+    return {str(e.record["identity"]): without_seeds(e.record["config"]) for e in experiments}
 
 
 def _nothing_found(root: Path, skipped: list[Skipped]) -> str:

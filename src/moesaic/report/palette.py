@@ -5,12 +5,13 @@ Source: Okabe and Ito, "Color Universal Design" (the hues; the second of each pa
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
-from moesaic.report.summary import CONTROL_METHODS
+import pandas as pd
 
-__all__ = ["RUNG_MARKS", "Mark", "RungMark", "marks"]
+from moesaic.report.summary import CONTROL_METHODS, in_reading_order
+
+__all__ = ["RUNG_MARKS", "Mark", "RungMark", "candidate_marks"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,11 +41,14 @@ def _mark(colours: tuple[str, str], shape: tuple[str, str]) -> Mark:
     return Mark(light=colours[0], dark=colours[1], symbol=shape[0], marker=shape[1])
 
 
-def marks(labels: Iterable[tuple[str, str]]) -> dict[str, Mark]:
-    """Label to mark, for (label, method) pairs in reading order. Past 30 methods marks repeat."""
+def candidate_marks(candidates: pd.DataFrame, others: pd.DataFrame | None = None) -> dict[str, Mark]:
+    """Label to mark: the labels of `candidates` in reading order, then those of `others`. Past 30, marks repeat."""
     found: dict[str, Mark] = {}
     counted = 0
-    for label, method in dict.fromkeys(labels):
+    ordered = in_reading_order(candidates)
+    frames = [ordered, ordered if others is None else in_reading_order(others)]
+    pairs = [pair for frame in frames for pair in zip(frame["label"], frame["method"], strict=True)]
+    for label, method in dict.fromkeys(pairs):
         if method in CONTROL_METHODS:
             index = CONTROL_METHODS.index(method)
             colours, shape = _CONTROLS[index], _CONTROL_SHAPES[index]
@@ -65,10 +69,11 @@ class RungMark:
     filled: bool
 
 
+# In drawing order: what comes later lies on top.
 RUNG_MARKS = (
+    RungMark(rung="static_slice", label="static slice", mark=_mark(_CONTROLS[2], ("square", "s")), filled=True),
     RungMark(rung="oracle_router", label="oracle routing", mark=_mark(_HUES[2], ("circle-open", "o")), filled=False),
     RungMark(rung="learned_router", label="learned router", mark=_mark(_HUES[0], ("diamond-open", "D")), filled=False),
     RungMark(rung="adapted", label="adapted", mark=_mark(_HUES[1], ("circle", "o")), filled=True),
-    RungMark(rung="static_slice", label="static slice", mark=_mark(_CONTROLS[2], ("square", "s")), filled=True),
     RungMark(rung="random_router", label="random router", mark=_mark(_HUES[3], ("x-thin-open", "x")), filled=False),
 )

@@ -12,7 +12,7 @@ from moesaic.report import format as fmt
 from moesaic.report.columns import Quality, qualities
 from moesaic.report.front import FRONT_KEYS, ReferencePoint, cell_label, fronts, hypervolumes
 from moesaic.report.gaps import visible_limit
-from moesaic.report.palette import RUNG_MARKS, marks
+from moesaic.report.palette import RUNG_MARKS, candidate_marks
 from moesaic.report.summary import CELL_KEYS, DENSE_METHODS, deployed, in_reading_order, summarise_points
 
 __all__ = ["payload"]
@@ -40,7 +40,6 @@ def payload(
     cells = _cells(by_quality.values())
     untimed = in_reading_order(deployed(summarise_points(table)))
     points = _points(by_quality, cells, shown) + [_point(row, None, shown) for row in _records(untimed)]
-    labels = list(dict.fromkeys(zip(untimed["label"], untimed["method"], strict=True)))
     settings = table.drop_duplicates("setting")
     return {
         "settings": [str(name) for name in settings["setting"]],
@@ -48,10 +47,10 @@ def payload(
         "cells": [{"id": number, **cell} for number, cell in enumerate(cells.values())],
         "qualities": [_quality(one) for one in shown],
         "quality": quality.name,
-        "labels": [label for label, _ in labels],
+        "labels": list(dict.fromkeys(untimed["label"])),
         "styles": {
             label: {"light": mark.light, "dark": mark.dark, "symbol": mark.symbol}
-            for label, mark in marks(labels).items()
+            for label, mark in candidate_marks(by_quality[quality.name], untimed).items()
         },
         "points": points,
         "volumes": _volumes(by_quality, cells, shown, reference),

@@ -76,9 +76,7 @@ def headline_cells(candidates: pd.DataFrame) -> list[dict[str, Any]]:
     return [{str(key): value for key, value in row.items()} for row in first.to_dict("records")]
 
 
-def _table(
-    setting: str, points: pd.DataFrame, candidates: pd.DataFrame, shown: list[Quality], narrow: bool
-) -> Table:
+def _table(setting: str, points: pd.DataFrame, candidates: pd.DataFrame, shown: list[Quality], narrow: bool) -> Table:
     cells = headline_cells(candidates)
     table = Table(title=setting, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
     table.padding, table.collapse_padding = (0, 1, 0, 0), True

@@ -12,6 +12,7 @@ let sorting = { key: null, descending: false };
 const color = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 const dark = () => document.documentElement.dataset.theme === "dark";
 const shade = (style) => (dark() ? style.dark : style.light);
+const narrow = () => window.innerWidth < 640;
 const missing = (value) => value === null || value === undefined;
 
 function number(value, digits = 4) {
@@ -25,7 +26,8 @@ function number(value, digits = 4) {
 const percent = (value) => (missing(value) ? "—" : `${+(100 * value).toFixed(1)} %`);
 const times = (value) => (missing(value) ? "—" : value.toFixed(2));
 const written = (value, quality) => (quality.percent ? percent(value) : number(value));
-const range = (low, high, write) => (missing(low) || missing(high) ? "" : `${write(low)} – ${write(high)}`);
+const range = (low, high, write) =>
+  (missing(low) || missing(high) || write(low) === write(high) ? "" : `${write(low)} – ${write(high)}`);
 
 function option(select, value, text) {
   const node = document.createElement("option");
@@ -69,7 +71,7 @@ function layout(extra) {
     paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", showlegend: false, hovermode: "closest",
     font: { family: getComputedStyle(document.body).fontFamily, color: color("--ink"), size: 13 },
     hoverlabel: { bgcolor: color("--raised"), bordercolor: color("--line"), font: { color: color("--ink"), size: 12.5 }, align: "left" },
-    margin: { l: 58, r: 14, t: 12, b: 48 }, dragmode: false, ...extra,
+    margin: { l: narrow() ? 44 : 58, r: 14, t: 12, b: 48 }, dragmode: false, ...extra,
   };
 }
 
@@ -156,7 +158,7 @@ function drawFront() {
     const level = dense.quality[quality.name].value;
     shapes.push({ ...rule, xref: "paper", x0: 0, x1: 1, y0: level, y1: level });
   }
-  const look = layout({ shapes, xaxis: axis("measured time / dense time (left is faster)"), yaxis: qualityAxis(points, quality) });
+  const look = layout({ shapes, xaxis: axis(narrow() ? "time / dense time (left is faster)" : "measured time / dense time (left is faster)"), yaxis: qualityAxis(points, quality) });
   noteFront(all, quality);
   return Plotly.react("front", traces, look, { responsive: true, displaylogo: false, displayModeBar: false });
 }
@@ -181,7 +183,7 @@ function columns() {
   const { quality } = chosen();
   const others = data.qualities.filter((other) => other !== quality);
   const qualityColumn = (one) => ({
-    key: one.name, head: one.label, value: (point) => point.quality[one.name]?.value,
+    key: one.name, head: one.label.replace(/ (?=\S+$)/, "\n"), value: (point) => point.quality[one.name]?.value,
     text: (point) => written(point.quality[one.name]?.value, one),
     small: (point) => range(point.quality[one.name]?.low, point.quality[one.name]?.high, (v) => written(v, one)),
   });
@@ -199,7 +201,7 @@ function columns() {
     plain("ideal", "ideal\nratio", times),
     plain("captured", "captured\nshare", percent),
     plain("all_blocks", "all blocks\non", times),
-    plain("flops", "model FLOPs\n/ dense", times),
+    plain("flops", "FLOPs /\ndense", times),
     plain("sparse_ms", "sparse\nms", (value) => number(value, 3)),
     plain("dense_ms", "dense\nms", (value) => number(value, 3)),
     ...others.map(qualityColumn),
@@ -269,9 +271,8 @@ function drawGaps() {
   const gaps = data.gaps.find((entry) => entry.model === model);
   $("gaps").hidden = $("rungs").hidden = !gaps;
   if (!gaps) return Promise.resolve();
-  const narrow = window.innerWidth < 640;
-  const names = gaps.rows.map((row) => (narrow ? row.name.replace("  ", "<br>") : row.name));
-  const beyond = (value) => !missing(gaps.limit) && (value - gaps.dense) * Math.sign(gaps.limit - gaps.dense) > Math.abs(gaps.limit - gaps.dense);
+  const names = gaps.rows.map((row) => (narrow() ? row.name.replace("  ", "<br>") : row.name));
+  const beyond = (value) => !missing(gaps.limit) && (value - gaps.limit) * (gaps.limit - gaps.dense) > 0;
   const traces = data.rungs.map((rung) => {
     const kept = gaps.rows.map((row, i) => [row.values[rung.rung], names[i]]).filter(([value]) => !missing(value));
     return {
@@ -286,12 +287,31 @@ function drawGaps() {
   const shapes = [];
   if (!missing(gaps.dense)) shapes.push(rule(gaps.dense, "solid"));
   if (!missing(gaps.dense_same_tokens)) shapes.push(rule(gaps.dense_same_tokens, "dash"));
-  const height = 90 + (narrow ? 46 : 34) * names.length;
+  const annotations = narrow() ? [] : gaps.rows.map((row, i) => outsideNote(row, names[i], beyond)).filter(Boolean);
+  const height = 90 + (narrow() ? 46 : 34) * names.length;
   $("gaps").style.height = `${height}px`;
   return Plotly.react("gaps", traces, layout({
-    shapes, height, xaxis: axis(`${gaps.quality} (${gaps.maximise ? "right" : "left"} is better)`),
+    shapes, height, annotations, ...(annotations.length ? { margin: { l: 58, r: 180, t: 12, b: 48 } } : {}), xaxis: axis(gaps.quality + (narrow() ? "" : ` (${gaps.maximise ? "right" : "left"} is better)`), gapRange(gaps, beyond)),
     yaxis: axis("", { autorange: "reversed", type: "category", categoryorder: "array", categoryarray: names, tickfont: { color: color("--ink") } }),
   }), { responsive: true, displaylogo: false, displayModeBar: false });
+}
+
+/** What lies beyond the axis, written in the margin of its row. */
+function outsideNote(row, name, beyond) {
+  const outside = data.rungs.filter((rung) => !missing(row.values[rung.rung]) && beyond(row.values[rung.rung]));
+  return outside.length && {
+    xref: "paper", x: 1, xanchor: "left", xshift: 6, y: name, showarrow: false, align: "left",
+    font: { size: 11, color: color("--quiet") }, text: outside.map((rung) => `${rung.label} ${number(row.values[rung.rung], 3)}`).join("<br>"),
+  };
+}
+
+/** An axis range that holds every mark and both dense lines, with room at the ends. */
+function gapRange(gaps, beyond) {
+  const values = gaps.rows.flatMap((row) => Object.values(row.values)).concat(gaps.dense, gaps.dense_same_tokens, gaps.limit);
+  const inside = values.filter((value) => !missing(value) && !beyond(value));
+  const [low, high] = [Math.min(...inside), Math.max(...inside)];
+  const room = 0.04 * (high - low || 1);
+  return { range: [low - room, high + room] };
 }
 
 function swatch(glyph, tint) {
