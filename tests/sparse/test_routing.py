@@ -10,12 +10,8 @@ from moesaic.sparse.routing import Routing
 
 
 def expected_rows(active_TB: Tensor, weight_TB: Tensor) -> list[tuple[int, int, float]]:
-    rows = []
-    for b in range(active_TB.shape[1]):
-        for t in range(active_TB.shape[0]):
-            if active_TB[t, b]:
-                rows.append((b, t, float(weight_TB[t, b])))
-    return rows
+    num_tokens, num_blocks = active_TB.shape
+    return [(b, t, float(weight_TB[t, b])) for b in range(num_blocks) for t in range(num_tokens) if active_TB[t, b]]
 
 
 def check(routing: Routing, active_TB: Tensor, weight_TB: Tensor) -> None:

@@ -1,23 +1,66 @@
 """Experts: the weights of a dense FFN, its neurons re-ordered so that each block is one contiguous slab.
 
-Shapes: F neurons (B * S), B blocks, S neurons per block, D model dim.
+Shapes: T tokens, D model dim, F neurons (B * S), B blocks, S neurons per block, R rows: the neurons of some blocks.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.activations import ACT2FN
 
 from moesaic.ffn.dense import DenseFFN
 
-__all__ = ["Experts", "block_order"]
+__all__ = ["BlockRows", "Experts", "ExpertsShape", "block_order"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExpertsShape:
+    """Everything about `Experts` but the numbers: what a saved config holds, so that weights can be loaded into it.
+
+    Raises ValueError for sizes below 1 and for a gate bias without a gate.
+    """
+
+    num_blocks: int
+    block_size: int
+    dim: int
+    activation: str
+    gated: bool
+    gate_bias: bool = False
+    up_bias: bool = False
+    down_bias: bool = False
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("num_blocks", "block_size", "dim"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.activation not in ACT2FN:
+            raise ValueError(f"activation={self.activation!r} is none of {', '.join(sorted(ACT2FN))}")
+        if self.gate_bias and not self.gated:
+            raise ValueError("gate_bias=True needs gated=True: a plain FFN has its bias in up_bias")
+
+
+class BlockRows(NamedTuple):
+    """The weights of some blocks, one row per neuron; for all neurons of an FFN, R is F."""
+
+    gate_RD: Tensor | None
+    up_RD: Tensor
+    down_RD: Tensor
+    gate_bias_R: Tensor | None
+    up_bias_R: Tensor | None
 
 
 class Experts(nn.Module):
     """The blocks of one FFN: parameters `gate_BSD` (None for a plain FFN), `up_BSD`, `down_BSD`, and biases or None.
 
-    Row s of block b is original neuron `neuron_F[b * S + s]` (a buffer, so it is saved with the weights). `activation`
-    and `dropout` are those of the dense FFN; `down_bias_D` is the output bias, added once per token and not per block.
+    Row s of block b is original neuron `neuron_F[b * S + s]` (a buffer, so it is saved with the weights).
+    `down_bias_D` is the output bias, added once per token by the layer and never by an executor. `dropout` is the
+    fraction that the replaced FFN drops in training.
     """
 
     gate_BSD: nn.Parameter | None
@@ -28,35 +71,40 @@ class Experts(nn.Module):
     down_bias_D: nn.Parameter | None
     neuron_F: Tensor
 
-    def __init__(self, ffn: DenseFFN, neuron_F: Tensor, num_blocks: int) -> None:
-        """Copy the neurons `neuron_F` of `ffn`, in that order, into `num_blocks` equal blocks (`from_dense` is easier)."""
+    def __init__(self, shape: ExpertsShape) -> None:
+        """Uninitialised weights of this shape, for loading; `from_dense` makes useful ones."""
         super().__init__()
-        if neuron_F.numel() % num_blocks:
-            raise ValueError(f"{neuron_F.numel()} neurons cannot be cut into {num_blocks} equal blocks.")
-        self.activation = ffn.activation
-        self.dropout = ffn.dropout
-        for name in ("gate", "up", "down"):
-            self.register_parameter(f"{name}_BSD", _rows(getattr(ffn, f"{name}_FD"), neuron_F, num_blocks))
-        for name in ("gate", "up"):
-            self.register_parameter(f"{name}_bias_BS", _rows(getattr(ffn, f"{name}_bias_F"), neuron_F, num_blocks))
-        self.register_parameter("down_bias_D", _copy(ffn.down_bias_D))
-        self.register_buffer("neuron_F", neuron_F.to(device=ffn.up_FD.device, dtype=torch.int64).clone())
+        size_BS = (shape.num_blocks, shape.block_size)
+        size_BSD = (*size_BS, shape.dim)
+        self.gate_BSD = _empty(size_BSD, shape.gated)
+        self.up_BSD = nn.Parameter(torch.empty(size_BSD))
+        self.down_BSD = nn.Parameter(torch.empty(size_BSD))
+        self.gate_bias_BS = _empty(size_BS, shape.gate_bias)
+        self.up_bias_BS = _empty(size_BS, shape.up_bias)
+        self.down_bias_D = _empty((shape.dim,), shape.down_bias)
+        self.register_buffer("neuron_F", torch.arange(shape.num_blocks * shape.block_size))
+        self.activation = shape.activation
+        self.act = ACT2FN[shape.activation]
+        self.dropout = shape.dropout
 
     @classmethod
     def from_dense(cls, ffn: DenseFFN, block_F: Tensor) -> Experts:
-        """The experts that `block_F` (int64, block of each neuron, every block equally often) cuts `ffn` into.
+        """Copy `ffn` into the blocks that `block_F` (int64, block of each neuron, every block equally often) cuts.
 
         Works on meta tensors. Raises ValueError if `block_F` has the wrong length or its blocks differ in size.
         """
         if block_F.numel() != ffn.width:
-            raise ValueError(f"block_F labels {block_F.numel()} neurons but the FFN has {ffn.width}.")
+            raise ValueError(f"block_F labels {block_F.numel()} neurons, but the FFN has {ffn.width}")
         neuron_F, num_blocks = block_order(block_F)
-        return cls(ffn, neuron_F, num_blocks)
-
-    @classmethod
-    def contiguous(cls, ffn: DenseFFN, num_blocks: int) -> Experts:
-        """The experts that hold the neurons of `ffn` in their own order; on meta tensors the empty shell for loading."""
-        return cls(ffn, torch.arange(ffn.width), num_blocks)
+        with torch.device("meta"):  # the weights are assigned below: no second allocation
+            experts = cls(_shape_of(ffn, num_blocks))
+        for name in ("gate", "up", "down"):
+            setattr(experts, f"{name}_BSD", _blocks(getattr(ffn, f"{name}_FD"), neuron_F, num_blocks))
+        for name in ("gate", "up"):
+            setattr(experts, f"{name}_bias_BS", _blocks(getattr(ffn, f"{name}_bias_F"), neuron_F, num_blocks))
+        experts.down_bias_D = None if ffn.down_bias_D is None else nn.Parameter(ffn.down_bias_D.detach().clone())
+        experts.neuron_F = neuron_F.to(ffn.up_FD.device)
+        return experts
 
     @property
     def num_blocks(self) -> int:
@@ -78,22 +126,65 @@ class Experts(nn.Module):
         """Whether the hidden units are act(gate) * up rather than act(up)."""
         return self.gate_BSD is not None
 
+    @property
+    def shape(self) -> ExpertsShape:
+        """What `Experts(shape)` needs to hold these weights."""
+        return ExpertsShape(
+            num_blocks=self.num_blocks,
+            block_size=self.block_size,
+            dim=self.dim,
+            activation=self.activation,
+            gated=self.gated,
+            gate_bias=self.gate_bias_BS is not None,
+            up_bias=self.up_bias_BS is not None,
+            down_bias=self.down_bias_D is not None,
+            dropout=self.dropout,
+        )
+
     def block_of_neuron(self) -> Tensor:
         """int64 (F,): the block of each original neuron, the inverse of `neuron_F`."""
-        block_F = torch.empty_like(self.neuron_F)
-        block_F[self.neuron_F] = torch.arange(self.neuron_F.numel(), device=block_F.device) // self.block_size
-        return block_F
+        return (self.neuron_F.argsort() // self.block_size).to(torch.int64)
+
+    def rows(self, start: int = 0, stop: int | None = None) -> BlockRows:
+        """Blocks start..stop-1 (all by default) as rows: views, no copies."""
+        blocks = slice(start, stop)
+        return BlockRows(*(None if w is None else w[blocks].flatten(0, 1) for w in self._weights()))
+
+    def rows_by_block(self) -> list[BlockRows]:
+        """The rows of each block: views. One unbind per weight, so that backward does not grow as B squared."""
+        columns = [[None] * self.num_blocks if w is None else w.unbind(0) for w in self._weights()]
+        return [BlockRows(*rows) for rows in zip(*columns, strict=True)]
+
+    def copy_rows(self, block_U: Tensor) -> BlockRows:
+        """The rows of the blocks `block_U` (int64), copied together in that order."""
+        return BlockRows(*(None if w is None else w.index_select(0, block_U).flatten(0, 1) for w in self._weights()))
+
+    def hidden(self, x_TD: Tensor, rows: BlockRows) -> Tensor:
+        """Hidden units (T, R) of `rows`, what `project` multiplies with."""
+        up_TR = F.linear(x_TD, rows.up_RD, rows.up_bias_R)
+        if rows.gate_RD is None:
+            return self.act(up_TR)
+        return self.act(F.linear(x_TD, rows.gate_RD, rows.gate_bias_R)) * up_TR
+
+    def project(self, h_TR: Tensor, rows: BlockRows) -> Tensor:
+        """`h_TR @ down_RD` (T, D), without the output bias."""
+        return self.as_down(h_TR) @ rows.down_RD
+
+    def as_down(self, h: Tensor) -> Tensor:
+        """`h` in the dtype that the down matrix wants: T5 keeps its own in float32 when the rest is half precision."""
+        if h.dtype == self.down_BSD.dtype or torch.is_autocast_enabled(h.device.type):
+            return h
+        return h.to(self.down_BSD.dtype)
 
     def dense_ffn(self, start: int = 0, stop: int | None = None) -> DenseFFN:
-        """Blocks start..stop-1 (all by default) seen as one dense FFN: views, no copies; gradients reach the parameters."""
-        blocks = slice(start, self.num_blocks if stop is None else stop)
-        gate_BSD, gate_bias_BS, up_bias_BS = self.gate_BSD, self.gate_bias_BS, self.up_bias_BS
+        """Blocks start..stop-1 (all by default) seen as one dense FFN, output bias included: views, no copies."""
+        rows = self.rows(start, stop)
         return DenseFFN(
-            gate_FD=None if gate_BSD is None else gate_BSD[blocks].flatten(0, 1),
-            up_FD=self.up_BSD[blocks].flatten(0, 1),
-            down_FD=self.down_BSD[blocks].flatten(0, 1),
-            gate_bias_F=None if gate_bias_BS is None else gate_bias_BS[blocks].flatten(),
-            up_bias_F=None if up_bias_BS is None else up_bias_BS[blocks].flatten(),
+            gate_FD=rows.gate_RD,
+            up_FD=rows.up_RD,
+            down_FD=rows.down_RD,
+            gate_bias_F=rows.gate_bias_R,
+            up_bias_F=rows.up_bias_R,
             down_bias_D=self.down_bias_D,
             activation=self.activation,
             dropout=self.dropout,
@@ -102,24 +193,41 @@ class Experts(nn.Module):
     def extra_repr(self) -> str:
         """Sizes for `print(model)`."""
         kind = "gated" if self.gated else "plain"
-        return f"num_blocks={self.num_blocks}, block_size={self.block_size}, dim={self.dim}, {kind} {self.activation}"
+        return f"num_blocks={self.num_blocks}, block_size={self.block_size}, dim={self.dim}, {kind}"
+
+    def _weights(self) -> tuple[Tensor | None, ...]:
+        return self.gate_BSD, self.up_BSD, self.down_BSD, self.gate_bias_BS, self.up_bias_BS
 
 
 def block_order(block_F: Tensor) -> tuple[Tensor, int]:
     """`(neuron_F, num_blocks)`: the neurons sorted by (block, neuron). ValueError if blocks differ in size."""
     counts_B = torch.bincount(block_F.cpu())
-    if counts_B.min() != counts_B.max():
-        sizes = sorted(set(counts_B.tolist()))
-        raise ValueError(f"block_F cuts blocks of {sizes} neurons; all blocks must have the same size.")
+    sizes = sorted(set(counts_B.tolist()))
+    if len(sizes) != 1:
+        raise ValueError(f"block_F cuts blocks of {sizes} neurons; all blocks must have the same size")
     return block_F.argsort(stable=True), counts_B.numel()
 
 
-def _rows(rows_F: Tensor | None, neuron_F: Tensor, num_blocks: int) -> nn.Parameter | None:
+def _shape_of(ffn: DenseFFN, num_blocks: int) -> ExpertsShape:
+    return ExpertsShape(
+        num_blocks=num_blocks,
+        block_size=ffn.width // num_blocks,
+        dim=ffn.dim,
+        activation=ffn.activation,
+        gated=ffn.gated,
+        gate_bias=ffn.gate_bias_F is not None,
+        up_bias=ffn.up_bias_F is not None,
+        down_bias=ffn.down_bias_D is not None,
+        dropout=ffn.dropout,
+    )
+
+
+def _empty(size: tuple[int, ...], present: bool) -> nn.Parameter | None:
+    return nn.Parameter(torch.empty(size)) if present else None
+
+
+def _blocks(rows_F: Tensor | None, neuron_F: Tensor, num_blocks: int) -> nn.Parameter | None:
     if rows_F is None:
         return None
     picked_F = rows_F.detach().index_select(0, neuron_F.to(rows_F.device))
     return nn.Parameter(picked_F.unflatten(0, (num_blocks, -1)))
-
-
-def _copy(bias_D: Tensor | None) -> nn.Parameter | None:
-    return None if bias_D is None else nn.Parameter(bias_D.detach().clone())

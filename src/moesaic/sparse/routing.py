@@ -50,7 +50,7 @@ class Routing:
 
     @classmethod
     def from_mask(cls, active_TB: Tensor, weight_TB: Tensor | None = None) -> Routing:
-        """Routing of a boolean (T, B) choice; `weight_TB` None means weight 1, else its active entries are the weights."""
+        """Routing of a boolean (T, B) choice; weights: the active entries of `weight_TB`, or 1 where it is None."""
         block_N, token_N = active_TB.t().nonzero(as_tuple=True)
         weight_N = active_TB.new_ones(token_N.shape, dtype=torch.float32)
         if weight_TB is not None:
