@@ -78,6 +78,16 @@ class CombineModule(nn.Module):
         self.register_buffer("scale_X", torch.ones(num_blocks + 1) if config.scale == "fitted" else None)
         self.register_buffer("mean_BD", torch.zeros(num_blocks, dim) if config.fill == "mean" else None)
 
+    @property
+    def uses_score(self) -> bool:
+        """Whether weights or their gradients depend on the scores."""
+        return self.config.weight != "one" or self.config.straight_through != "none"
+
+    @property
+    def plain(self) -> bool:
+        """Whether every weight is the constant 1 and nothing stands in for blocks that did not run."""
+        return not self.uses_score and self.config.scale == "one" and self.config.fill == "zero"
+
     def forward(self, routing: Routing, score_TB: Tensor) -> Routing:
         """`routing` with the weights that the config asks for, float32.
 

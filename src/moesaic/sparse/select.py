@@ -48,6 +48,10 @@ class Selection(ABC):
         """Raise ValueError if the rule asks for more than `num_blocks` blocks; most rules cannot."""
         return
 
+    def static_blocks(self, num_blocks: int) -> int | None:
+        """k where blocks 0..k-1 run for every token whatever the scores, so that no routing is needed; else None."""
+        return None
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AllBlocks(Selection):
@@ -55,6 +59,9 @@ class AllBlocks(Selection):
 
     def __call__(self, score_TB: Tensor, *, training: bool) -> Routing:
         return _prefix(score_TB, score_TB.shape[1])
+
+    def static_blocks(self, num_blocks: int) -> int | None:
+        return num_blocks
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,6 +80,9 @@ class Prefix(Selection):
 
     def check(self, num_blocks: int) -> None:
         _check_k(self.k, num_blocks)
+
+    def static_blocks(self, num_blocks: int) -> int | None:
+        return self.k
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
