@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pandas as pd
 
@@ -188,4 +188,5 @@ def items_by_task(folder: Path) -> dict[str, Any]:
     frame = pd.read_parquet(folder / ITEMS_FILE)
     if frame.empty:
         return {}
-    return {str(task): items_from_rows(rows.to_dict("records")) for task, rows in frame.groupby("task", sort=False)}
+    tables = {str(task): rows.to_dict("records") for task, rows in frame.groupby("task", sort=False)}
+    return {task: items_from_rows(cast(list[dict[str, Any]], rows)) for task, rows in tables.items()}

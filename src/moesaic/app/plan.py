@@ -73,7 +73,9 @@ class Plan:
         """The model after the cut; only methods that cut to a budget have one for each."""
         if not self.method.converts:
             return self.prepared
-        return stages.convert(self.config, self.prepared, self.calibration, budget if self.method.converts_per_budget else None)
+        return stages.convert(
+            self.config, self.prepared, self.calibration, budget if self.method.converts_per_budget else None
+        )
 
     def phase_models(self, budget: float | None) -> list[tuple[Phase, Stage]]:
         """Each phase of the recipe with the model it leaves behind, in order."""

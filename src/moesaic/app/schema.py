@@ -1,4 +1,4 @@
-"""The root of the configuration: one experiment = a backbone, a corpus, a method, and how it is trained and measured."""
+"""The root of the configuration: one experiment is a backbone, a corpus, a method, its training and its measuring."""
 
 from __future__ import annotations
 

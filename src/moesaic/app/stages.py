@@ -34,7 +34,7 @@ from moesaic.runs.atomic import write_json_atomic
 from moesaic.runs.stage import Stage
 from moesaic.sparse.layer import sparse_layers
 from moesaic.sparse.model import load_model
-from moesaic.sparse.trace import record_routing
+from moesaic.sparse.trace import count_routing
 from moesaic.training.progress import ProgressLine
 
 __all__ = [
@@ -110,7 +110,8 @@ def prepare(config: MoesaicConfig, backbone: Stage, tokens: Stage) -> Stage:
     def compute(folder: Path, parents: Folders) -> None:
         model, tokenizer = load_backbone(parents[0])
         job = _adapt_job(config, model.float(), parents[1], None, folder, f"prepare {config.method.name}")
-        save_model(model, tokenizer, folder, change.run(job))
+        facts = change.run(job)
+        save_model(job.model, tokenizer, folder, facts)
 
     counted = {"prepare": change, "context": config.adapt.context, "seed": config.seed}
     parents = (backbone, tokens)
@@ -139,9 +140,7 @@ def convert(config: MoesaicConfig, dense: Stage, calibration: Stage | None, budg
     def compute(folder: Path, parents: Folders) -> None:
         model, tokenizer = load_backbone(parents[0])
         cached = Calibration.load(parents[1]) if calibration is not None else None
-        job = ConvertJob(
-            model=model, pattern=config.backbone.ffn, calibration=cached, budget=budget, seed=config.seed
-        )
+        job = ConvertJob(model=model, pattern=config.backbone.ffn, calibration=cached, budget=budget, seed=config.seed)
         save_model(method.convert(job), tokenizer, folder, {})
 
     counted = {"method": method.conversion(), "budget": budget, "seed": config.seed}
@@ -171,7 +170,7 @@ def adapt(
         job = _adapt_job(config, net.float(), parents[1], cached, folder, label)
         save_model(net, tokenizer, folder, phase.run(job))
 
-    counted = {"phase": phase, "budget": budget, "context": config.adapt.context, "seed": config.seed}
+    counted: dict[str, Any] = {"phase": phase, "budget": budget, "context": config.adapt.context, "seed": config.seed}
     if isinstance(method, SparseMethod) and phase.uses_selection:
         counted["select"] = method.select
     parents = (model, tokens) if calibration is None else (model, tokens, calibration)
@@ -200,13 +199,16 @@ def evaluate(
         split = TokenSplit.load(parents[2])
         label = f"{arm} {_label(method.name, budget)}"
         result: dict[str, Any] = {}
-        with ProgressLine(f"perplexity {label}", None) as line, record_routing(net) as trace:
+        with ProgressLine(f"perplexity {label}", None) as line, count_routing(net) as counts:
             loss = perplexity(net, split, **asdict(settings.perplexity), progress=lambda done, _: line.update(done))
-        blocks_L = trace.mean_blocks_L() if sparse_layers(net) else None
+        blocks_L = counts.mean_blocks_L() if sparse_layers(net) else None
         reference = read_anatomy(load_any(parents[1])[0], config.backbone.ffn)
         result["cost"] = cost_record(reference, read_anatomy(net, config.backbone.ffn), blocks_L=blocks_L)
         if sparse_layers(net):
-            result["routing"] = trace.summary()
+            result["routing"] = {
+                "counts_LB": [c.tolist() for c in counts.counts_LB()],
+                "active_frac_L": counts.active_frac_L(),
+            }
         result["quality"], result["protocol"] = loss.summary(), {"perplexity": loss.protocol}
         pd.DataFrame(loss.rows()).to_parquet(folder / DOCUMENTS_FILE)
         rows: list[dict[str, Any]] = []
@@ -240,9 +242,7 @@ def evaluate(
     return Stage(name="evaluate", label=label, config=counted, parents=parents, compute=compute)
 
 
-def time(
-    config: MoesaicConfig, arm: Arm, budget: float | None, dense: Stage, model: Stage, heldout: Stage
-) -> Stage:
+def time(config: MoesaicConfig, arm: Arm, budget: float | None, dense: Stage, model: Stage, heldout: Stage) -> Stage:
     """Time of the model beside the dense backbone's, interleaved in a fresh process, on real tokens."""
     method, settings = config.method, config.bench
 
@@ -281,9 +281,7 @@ def load_any(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     return load_backbone(folder)
 
 
-def save_model(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, facts: dict[str, Any]
-) -> None:
+def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, facts: dict[str, Any]) -> None:
     """Leave an ordinary Hugging Face folder, and what was found out on the way; a finished fit's checkpoint goes."""
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -35,7 +35,7 @@ def apply_arm(
     if arm == "oracle_router":
         replace_score(model, method.oracle, seed)
     elif arm == "random_router":
-        replace_score(model, RandomScore(seed=seed), seed)
+        replace_score(model, RandomScore(), seed)
     if arm in ("oracle_router", "random_router") and calibration is not None:
         fit_scales(model, calibration)
 

@@ -14,9 +14,9 @@ from typing import Any, ClassVar, Literal
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.nn import functional as F
-from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from moesaic.ffn.dense import DenseFFN
@@ -43,8 +43,8 @@ class LabelRouters(Phase):
 
     `criterion`: which k blocks a token should use: `pa` (each block alone against the dense output scaled by
     1 / (B // k)), `pa_unscaled`, `subset_oracle` (the k blocks whose sum is nearest the dense output), `output_norm`,
-    `l1`. `loss`: `kl_student_teacher` (as published, target softmax of the label mask), `cross_entropy` to the mask / k,
-    or `bce`. `confidence_weight` is the published L_bal, which penalises confidence and does not balance load.
+    `l1`. `loss`: `kl_student_teacher` (as published, target softmax of the label mask), `cross_entropy` to the
+    mask / k, or `bce`. `confidence_weight` is the published L_bal, which penalises confidence and does not balance load.
     """
 
     fit: FitConfig
@@ -69,7 +69,9 @@ class LabelRouters(Phase):
 class LabelledRouting(pl.LightningModule):
     """One dense forward gives every layer's input; labels and losses of all layers follow from their Gram matrices."""
 
-    def __init__(self, model: PreTrainedModel, parameters: list[torch.nn.Parameter], phase: LabelRouters, k: int) -> None:
+    def __init__(
+        self, model: PreTrainedModel, parameters: list[torch.nn.Parameter], phase: LabelRouters, k: int
+    ) -> None:
         super().__init__()
         self.model, self.phase, self.k = model, phase, k
         self.trained = parameters
@@ -93,7 +95,7 @@ class LabelledRouting(pl.LightningModule):
             loss = loss + self.phase.confidence_weight * balance_penalty(logits_TB, self.k)
         return loss
 
-    def configure_optimizers(self) -> Optimizer:
+    def configure_optimizers(self) -> OptimizerLRScheduler:
         return optimizer_of(self.trained, self.phase.fit)
 
 
@@ -111,6 +113,7 @@ class JointFinetune(Phase):
 
     def run(self, job: AdaptJob) -> dict[str, Any]:
         parameters = train_only(job.model, self.train, job.pattern)
+        job.model.train()
         module = JointObjective(job.model, parameters, self, active_blocks(job.model))
         return fit_language_model(module, job, self.fit, label=job.label)
 
@@ -118,7 +121,9 @@ class JointFinetune(Phase):
 class JointObjective(pl.LightningModule):
     """Language-model loss on the sparse model, router losses against a frozen copy of each dense FFN."""
 
-    def __init__(self, model: PreTrainedModel, parameters: list[torch.nn.Parameter], phase: JointFinetune, k: int) -> None:
+    def __init__(
+        self, model: PreTrainedModel, parameters: list[torch.nn.Parameter], phase: JointFinetune, k: int
+    ) -> None:
         super().__init__()
         self.model, self.phase, self.k = model, phase, k
         self.trained = parameters
@@ -139,12 +144,12 @@ class JointObjective(pl.LightningModule):
             loss = loss + self.phase.confidence_weight * balance_penalty(logits_TB, self.k)
         return loss
 
-    def configure_optimizers(self) -> Optimizer:
+    def configure_optimizers(self) -> OptimizerLRScheduler:
         return optimizer_of(self.trained, self.phase.fit)
 
 
 def label_blocks(experts: Experts, x_TD: Tensor, k: int, criterion: Criterion) -> Tensor:
-    """Boolean (T, B): the k blocks that `criterion` says each token should use, from blocks that are still dense slices."""
+    """Boolean (T, B): the k blocks each token should use by `criterion`, from blocks that are still dense slices."""
     if criterion == "l1":
         return smallest_blocks(-expert_targets(experts, x_TD, "l1"), k)
     gram_TBB = block_grams(experts, x_TD)
@@ -157,7 +162,7 @@ def label_blocks(experts: Experts, x_TD: Tensor, k: int, criterion: Criterion) -
 
 
 def teacher_distances(experts: Experts, teacher: DenseFFN, x_TD: Tensor, teacher_scale: float) -> Tensor:
-    """float32 (T, B): mean over outputs of (e_b - c Y)^2 where Y is a teacher that is no longer the sum of the blocks."""
+    """float32 (T, B): mean over outputs of (e_b - c Y)^2 with a teacher Y that is no longer the blocks' sum."""
     scaled_TD = teacher_scale * teacher(x_TD).float()
     blocks = (replace(experts.dense_ffn(b, b + 1), down_bias_D=None) for b in range(experts.num_blocks))
     return torch.stack([(block(x_TD).float() - scaled_TD).square().mean(dim=1) for block in blocks], dim=1)
@@ -213,16 +218,18 @@ def active_blocks(model: PreTrainedModel) -> int:
     """k of a model whose layers all select top-k. Raises ValueError for any other selection."""
     chosen = {layer.select for layer in sparse_layers(model)}
     if len(chosen) != 1 or not isinstance(select := chosen.pop(), TopK):
-        raise ValueError("FactorLLM's labels need one k for all layers: method.select must be moesaic.sparse.select.TopK")
+        raise ValueError(
+            "FactorLLM's labels need one k for all layers: method.select must be moesaic.sparse.select.TopK"
+        )
     return select.k
 
 
 @torch.no_grad()
 def fit_scales(model: PreTrainedModel, calibration: Calibration, *, max_tokens: int = 4096) -> None:
-    """Set the scales that are found on data: `fitted` to s*(layer, k) for every k, `learned` to start at the present k's.
+    """Set the scales that are found on data: `fitted` to s*(layer, k) for every k, `learned` to its start.
 
-    s* = sum <Y, Y_S> / sum ||Y_S||^2 over calibration tokens, with Y the dense output and Y_S the sum of the blocks that
-    the present router chooses. Valid while blocks are slices of the dense FFN; layers with another rule are left alone.
+    s* = sum <Y, Y_S> / sum ||Y_S||^2 over calibration tokens, with Y the dense output and Y_S the sum of the blocks
+    that the present router chooses. Valid while blocks are slices of the dense FFN; layers with another rule are left alone.
     """
     for index, layer in enumerate(sparse_layers(model)):
         scale_X, learned = layer.combine.scale_X, layer.combine.scale

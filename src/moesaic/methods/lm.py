@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import pytorch_lightning as pl
+from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.nn import Parameter
-from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from moesaic.ffn.families import FFNPattern
@@ -31,8 +31,8 @@ Part = Literal["ffn", "router", "all"]
 class FinetuneLM(Phase):
     """Next-token fine-tuning of chosen parts; everything else stays bitwise as it was.
 
-    `train`: `ffn` (gate, up, down and their biases; the learned scale of `combine`, where there is one), `router`, `all`.
-    The batches depend on the seed alone, so every method and `dense_same_tokens` sees the same tokens in the same order.
+    `train`: `ffn` (gate, up, down, their biases, and the learned scale of `combine` if there is one), `router`, `all`.
+    The batches depend on the seed alone: every method and `dense_same_tokens` sees the same tokens in the same order.
     """
 
     fit: FitConfig
@@ -42,6 +42,7 @@ class FinetuneLM(Phase):
 
     def run(self, job: AdaptJob) -> dict[str, Any]:
         parameters = train_only(job.model, self.train, job.pattern)
+        job.model.train()
         module = LanguageModelling(job.model, parameters, self.fit)
         return fit_language_model(module, job, self.fit, label=job.label)
 
@@ -58,18 +59,21 @@ class LanguageModelling(pl.LightningModule):
         """Mean next-token cross-entropy in nats of a batch with `input_ids` (N, C)."""
         return self.model(input_ids=batch["input_ids"], labels=batch["input_ids"], use_cache=False).loss
 
-    def configure_optimizers(self) -> Optimizer:
+    def configure_optimizers(self) -> OptimizerLRScheduler:
         return optimizer_of(self.trained, self.config)
 
 
 def fit_language_model(module: pl.LightningModule, job: AdaptJob, config: FitConfig, *, label: str) -> dict[str, Any]:
     """Fit `module` on the adaptation tokens; the facts that go into the record."""
-    batches = TokenBatches(
-        job.tokens.blocks(job.context), batch_size=config.batch_size * config.accumulate, seed=job.seed
-    )
+    batches = TokenBatches(job.tokens.blocks(job.context), batch_size=config.batch_size, seed=job.seed)
     result = fit(module, batches, config, folder=job.folder, label=label)
-    tokens = result.steps * config.batch_size * config.accumulate * job.context
-    return {"tokens": tokens, "steps": result.steps, "wall_seconds": result.seconds, "final_loss": result.final_loss}
+    module.eval()
+    return {
+        "tokens": result.tokens,
+        "steps": result.steps,
+        "wall_seconds": result.seconds,
+        "final_loss": result.final_loss,
+    }
 
 
 def ffn_parameters(model: PreTrainedModel, pattern: FFNPattern | None) -> Iterator[Parameter]:
@@ -106,5 +110,7 @@ def train_only(model: PreTrainedModel, parts: tuple[Part, ...], pattern: FFNPatt
     for parameter in unique:
         parameter.requires_grad_(True)
     if not unique:
-        raise ValueError(f"train={list(parts)} leaves nothing to train in {type(model).__name__}; allowed: ffn, router, all")
+        raise ValueError(
+            f"train={list(parts)} leaves nothing to train in {type(model).__name__}; allowed: ffn, router, all"
+        )
     return unique

@@ -11,9 +11,9 @@ from typing import Any, ClassVar, Literal
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.nn import functional as F
-from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from moesaic.methods.base import AdaptJob, Phase
@@ -65,8 +65,12 @@ class TrainRouters(Phase):
         inputs = [job.calibration.inputs_TD(layer) for layer in range(job.calibration.num_layers)]
         module = RouterRegression(job.model, self, [x_TD[held_T] for x_TD in inputs])
         batches = RowBatches(
-            {f"layer_{i}": x_TD[~held_T] for i, x_TD in enumerate(inputs)}, batch_size=self.fit.batch_size, seed=job.seed)
+            {f"layer_{i}": x_TD[~held_T] for i, x_TD in enumerate(inputs)},
+            batch_size=self.fit.batch_size,
+            seed=job.seed,
+        )
         result = fit(module, batches, self.fit, folder=job.folder, label=job.label)
+        module.validate()
         mass_L = module.restore(self.keep)
         return {"tokens": 0, "steps": result.steps, "wall_seconds": result.seconds, "captured_mass_L": mass_L}
 
@@ -89,6 +93,9 @@ class RouterRegression(pl.LightningModule):
 
     def training_step(self, batch: dict[str, Tensor], _: int) -> Tensor:
         """Sum over layers of the mean loss over tokens and blocks."""
+        # Here and not after the batch: a checkpoint is taken between the two, and must not miss a router seen.
+        if self.global_step and self.global_step % self.phase.validate_every_steps == 0:
+            self.validate()
         losses = [
             router_loss(
                 self.logits(layer, x_TD),
@@ -106,12 +113,9 @@ class RouterRegression(pl.LightningModule):
         assert layer.score is not None
         return layer.score(x_TD, layer.experts)
 
-    def on_train_batch_end(self, *_: Any) -> None:
-        if self.global_step % self.phase.validate_every_steps == 0 or self.global_step == self.phase.fit.steps:
-            self._validate()
-
     @torch.no_grad()
-    def _validate(self) -> None:
+    def validate(self) -> None:
+        """Judge the present routers on the held-out rows and keep the best two of each layer."""
         for layer, x_TD, kept in zip(self.layers, self.held_LTD, self.kept, strict=True):
             assert layer.score is not None
             chosen = TopK(k=active_count(layer.experts.num_blocks, self.phase.active_frac))
@@ -138,7 +142,7 @@ class RouterRegression(pl.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.kept = checkpoint["kept"]
 
-    def configure_optimizers(self) -> Optimizer:
+    def configure_optimizers(self) -> OptimizerLRScheduler:
         return optimizer_of(self.parameters_, self.phase.fit)
 
 
@@ -170,5 +174,3 @@ def held_out_rows(calibration: Calibration, split: Split, frac: float, seed: int
     num_windows = int(window_T[-1]) + 1
     held = torch.randperm(num_windows, generator=generator)[: max(1, round(frac * num_windows))]
     return torch.isin(window_T, held)
-
-

@@ -5,6 +5,7 @@ Source: arXiv:2110.01786 sec. 4.3; the swap is a change to the dense model, so g
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,54 +13,61 @@ import torch
 from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
+from moesaic.ffn.families import FFNPattern
 from moesaic.ffn.sites import find_ffns
 from moesaic.methods.base import AdaptJob, Prepare
 from moesaic.methods.lm import LanguageModelling, fit_language_model, train_only
 from moesaic.training.fit import FitConfig
 
-__all__ = ["Relufy", "set_activation"]
+__all__ = ["Relufy", "with_activation"]
 
-CONFIG_KEYS = ("hidden_act", "hidden_activation", "activation_function", "dense_act_fn", "feed_forward_proj")
+CONFIG_KEYS = ("hidden_act", "hidden_activation", "activation_function", "dense_act_fn")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Relufy(Prepare):
-    """Swap the activation for ReLU, drop the intermediate bias, continue language-model training of all weights."""
+    """Swap the activation for ReLU, drop the intermediate bias, continue language-model training of all weights.
+
+    A model whose FFNs are ReLU already is left as it is.
+    """
 
     fit: FitConfig
 
     def run(self, job: AdaptJob) -> dict[str, Any]:
-        set_activation(job.model, "relu")
-        drop_intermediate_bias(job)
-        parameters = train_only(job.model, ("all",), job.pattern)
-        biases = {id(p) for site in find_ffns(job.model, job.pattern) for p in site.intermediate_biases()}
-        trained = [p for p in parameters if id(p) not in biases]
+        if all(site.read().activation == "relu" for site in find_ffns(job.model, job.pattern)):
+            return {"tokens": 0, "steps": 0, "wall_seconds": 0.0, "skipped": "the FFNs are ReLU already"}
+        job.model = with_activation(job.model, "relu")
+        dropped = drop_intermediate_biases(job.model, job.pattern)
+        trained = [p for p in train_only(job.model, ("all",), job.pattern) if p.data_ptr() not in dropped]
+        job.model.train()
         return fit_language_model(LanguageModelling(job.model, trained, self.fit), job, self.fit, label=job.label)
 
 
-def set_activation(model: PreTrainedModel, name: str) -> None:
-    """Make `name` the activation of every FFN of a dense model, in its modules and in its config.
+def with_activation(model: PreTrainedModel, name: str) -> PreTrainedModel:
+    """A copy of a dense model with the FFN activation `name`, in its config too, so that it saves and loads.
 
     Raises ValueError where the family keeps its activation under none of the known config keys.
     """
-    keys = [key for key in CONFIG_KEYS if hasattr(model.config, key)]
+    config = copy.deepcopy(model.config)
+    keys = [key for key in CONFIG_KEYS if getattr(config, key, None) in ACT2FN]
     if not keys:
         raise ValueError(
             f"{type(model).__name__}: its config names no FFN activation (looked for {', '.join(CONFIG_KEYS)}), so a "
             "ReLU-fied copy could not be saved and loaded again."
         )
-    old = {type(ACT2FN[getattr(model.config, key)]) for key in keys if getattr(model.config, key) in ACT2FN}
     for key in keys:
-        if getattr(model.config, key) in ACT2FN:
-            setattr(model.config, key, name)
-    for site in find_ffns(model, None):
-        site.set_activation(name)
-    assert old, "config keys without a known activation"
+        setattr(config, key, name)
+    return type(model).from_pretrained(None, config=config, state_dict=model.state_dict(), dtype=model.dtype)
 
 
 @torch.no_grad()
-def drop_intermediate_bias(job: AdaptJob) -> None:
-    """Set the biases of the hidden units to zero; they stay zero because they are not trained."""
-    for site in find_ffns(job.model, job.pattern):
-        for bias in site.intermediate_biases():
-            bias.zero_()
+def drop_intermediate_biases(model: PreTrainedModel, pattern: FFNPattern | None) -> set[int]:
+    """Set the biases of the hidden units to zero; the addresses of their parameters, which must not be trained."""
+    dropped = set()
+    for site in find_ffns(model, pattern):
+        ffn = site.read()
+        for bias_F in (ffn.gate_bias_F, ffn.up_bias_F):
+            if bias_F is not None:
+                bias_F.zero_()
+                dropped.add(bias_F.data_ptr())
+    return dropped

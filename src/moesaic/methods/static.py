@@ -58,7 +58,8 @@ class StaticSlice(Method):
         check_blocks(width, self.num_blocks)
 
     def convert(self, job: ConvertJob) -> PreTrainedModel:
-        assert job.calibration is not None and job.budget is not None
+        assert job.calibration is not None
+        assert job.budget is not None
         layers = []
         for site in find_ffns(job.model, job.pattern):
             ffn = site.read()
@@ -114,11 +115,14 @@ class StaticDepth(Method):
                 raise ValueError(f"method.budgets: {budget} is not a whole number of layers from 1")
 
     def convert(self, job: ConvertJob) -> PreTrainedModel:
-        assert job.calibration is not None and job.budget is not None
+        assert job.calibration is not None
+        assert job.budget is not None
         stack = decoder_layers(job.model)
         keep = int(job.budget)
         if keep > len(stack):
-            raise ValueError(f"method.budgets: {keep} layers kept, but the model has {len(stack)}. Allowed: 1..{len(stack)}.")
+            raise ValueError(
+                f"method.budgets: {keep} layers kept, but the model has {len(stack)}. Allowed: 1..{len(stack)}."
+            )
         influence = block_influence(job.model, stack, job.calibration)
         kept = sorted(influence.argsort(descending=True, stable=True)[:keep].tolist())
         layers = [stack[i] for i in kept]
@@ -168,7 +172,7 @@ def renumber(layer: nn.Module, index: int) -> None:
     """Give every part of `layer` that indexes the KV cache its new place."""
     for module in layer.modules():
         if hasattr(module, "layer_idx"):
-            module.layer_idx = index
+            setattr(module, "layer_idx", index)  # noqa: B010  (not a declared attribute)
 
 
 def shorten_config(config: Any, kept: list[int]) -> None:
