@@ -72,16 +72,16 @@ class Experts(nn.Module):
     neuron_F: Tensor
 
     def __init__(self, shape: ExpertsShape) -> None:
-        """Uninitialised weights of this shape, for loading; `from_dense` makes useful ones."""
+        """Weights of this shape at zero, to load others into; `from_dense` makes useful ones."""
         super().__init__()
         size_BS = (shape.num_blocks, shape.block_size)
         size_BSD = (*size_BS, shape.dim)
-        self.gate_BSD = _empty(size_BSD, shape.gated)
-        self.up_BSD = nn.Parameter(torch.empty(size_BSD))
-        self.down_BSD = nn.Parameter(torch.empty(size_BSD))
-        self.gate_bias_BS = _empty(size_BS, shape.gate_bias)
-        self.up_bias_BS = _empty(size_BS, shape.up_bias)
-        self.down_bias_D = _empty((shape.dim,), shape.down_bias)
+        self.gate_BSD = _zeros(size_BSD) if shape.gated else None
+        self.up_BSD = _zeros(size_BSD)
+        self.down_BSD = _zeros(size_BSD)
+        self.gate_bias_BS = _zeros(size_BS) if shape.gate_bias else None
+        self.up_bias_BS = _zeros(size_BS) if shape.up_bias else None
+        self.down_bias_D = _zeros((shape.dim,)) if shape.down_bias else None
         self.register_buffer("neuron_F", torch.arange(shape.num_blocks * shape.block_size))
         self.activation = shape.activation
         self.act = ACT2FN[shape.activation]
@@ -222,8 +222,8 @@ def _shape_of(ffn: DenseFFN, num_blocks: int) -> ExpertsShape:
     )
 
 
-def _empty(size: tuple[int, ...], present: bool) -> nn.Parameter | None:
-    return nn.Parameter(torch.empty(size)) if present else None
+def _zeros(size: tuple[int, ...]) -> nn.Parameter:
+    return nn.Parameter(torch.zeros(size))
 
 
 def _blocks(rows_F: Tensor | None, neuron_F: Tensor, num_blocks: int) -> nn.Parameter | None:
