@@ -215,3 +215,11 @@ def test_auto_fill(gated: bool, activation: str, expected: str) -> None:
 def test_two_ways_to_a_gradient_are_refused(weight: str) -> None:
     with pytest.raises(ValueError, match=f"straight_through=selected.*combine.weight={weight} has its own"):
         Combine(weight=weight, straight_through="selected")
+
+
+def test_plain_means_that_every_weight_is_one_and_nothing_is_filled() -> None:
+    plain, filled, scaled = (Combine(**options) for options in ({}, {"fill": "mean"}, {"scale": "ratio"}))
+    scored, through = Combine(weight="score"), Combine(straight_through="selected")
+    modules = [config.build(8, NUM_BLOCKS) for config in (plain, filled, scaled, scored, through)]
+    assert [module.plain for module in modules] == [True, False, False, False, False]
+    assert [module.uses_score for module in modules] == [False, False, False, True, True]

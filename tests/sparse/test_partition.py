@@ -147,3 +147,12 @@ class Lopsided(Partition):
 def test_an_unbalanced_cut_from_outside_is_refused() -> None:
     with pytest.raises(ValueError, match=r"Lopsided.cut labelled 24 of 24 neurons in blocks of \[1, 1, 22\].*needs 8"):
         Lopsided(num_blocks=3).labels(FFNS["gated"], None, generator=Generator())
+
+
+@pytest.mark.parametrize("partition", PARTITIONS, ids=repr)
+def test_half_precision_weights(partition: Partition) -> None:
+    ffn = FFNS["gated"]
+    half = DenseFFN(
+        gate_FD=ffn.gate_FD.bfloat16(), up_FD=ffn.up_FD.bfloat16(), down_FD=ffn.down_FD.bfloat16(), activation="silu"
+    )
+    assert torch.bincount(cut(partition, half)).tolist() == [4] * 6

@@ -158,3 +158,13 @@ def test_every_shipped_selection_is_causal_and_says_its_knob() -> None:
         "DynamicK": ("tau", True),
         "CumulativeProbability": ("p", True),
     }
+
+
+def test_only_rules_that_ignore_scores_are_static_and_then_run_a_prefix() -> None:
+    score_TB = scores()
+    for rule, _ in RULES:
+        width = rule.static_blocks(6)
+        assert (width is not None) == isinstance(rule, AllBlocks | Prefix)
+        if width is not None:
+            expected_TB = (torch.arange(6) < width).expand(60, 6)
+            assert torch.equal(rule(score_TB, training=False).active_TB(), expected_TB)

@@ -11,11 +11,16 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as nnf
 from torch import Generator, Tensor
 
 __all__ = ["BalancedClusters", "balanced_assignment", "balanced_kmeans", "constrained_kmeans", "inertia", "unit_rows"]
+
+FloatArray = npt.NDArray[np.float32]
+IntArray = npt.NDArray[np.int64]
 
 _LLOYD_ROUNDS = 10
 _PATIENCE = 5  # rounds without a new best inertia after which balanced_kmeans stops
@@ -91,57 +96,59 @@ def balanced_assignment(cost_FB: Tensor) -> Tensor:
     Within F * 0.03 * (spread of the costs between blocks) of the optimum, in practice far closer. Points bid for
     blocks; a full block drops its lowest bidder and asks for the lowest bid that it holds.
     """
-    cost_FB = cost_FB.float().cpu()
     num_points, num_blocks = cost_FB.shape
     if num_blocks == 1:
         return torch.zeros(num_points, dtype=torch.int64)
     # Increments below the rounding of the costs would never raise a price.
     spread = max(cost_FB.std(dim=1).mean().item(), 1e-6 * cost_FB.abs().max().item(), 1e-30)
-    price_B = torch.zeros(num_blocks)
+    # NumPy from here on: thousands of tiny steps, which PyTorch's threads only slow down.
+    cost = cost_FB.float().cpu().numpy()
+    price_B = np.zeros(num_blocks, dtype=np.float32)
     for share in _AUCTION_INCREMENTS:
-        block_F = _auction(cost_FB, price_B, share * spread)
-    return _fill_up(cost_FB, block_F)
+        block_F = _auction(cost, price_B, share * spread)
+    return torch.from_numpy(_fill_up(cost, block_F))
 
 
-def _auction(cost_FB: Tensor, price_B: Tensor, increment: float) -> Tensor:
+def _auction(cost_FB: FloatArray, price_B: FloatArray, increment: float) -> IntArray:
     """Blocks of the points, -1 where the steps ran out; `price_B` is raised in place."""
     num_points, num_blocks = cost_FB.shape
-    size = num_points // num_blocks
-    block_F = torch.full((num_points,), -1)
-    bid_F = torch.zeros(num_points)
+    block_F = np.full(num_points, -1, dtype=np.int64)
+    bid_F = np.zeros(num_points, dtype=np.float32)
     for _ in range(_AUCTION_STEPS):
-        free_U = (block_F < 0).nonzero()[:, 0]
+        free_U = np.flatnonzero(block_F < 0)
         if not len(free_U):
             break
-        best = (-cost_FB[free_U] - price_B).topk(2, dim=1)
-        wanted_U = best.indices[:, 0]
+        value_UB = -cost_FB[free_U] - price_B
+        wanted_U = value_UB.argmax(axis=1)
+        row_U = np.arange(len(free_U))
+        best_U = value_UB[row_U, wanted_U]
+        value_UB[row_U, wanted_U] = -np.inf
         block_F[free_U] = wanted_U
-        bid_F[free_U] = price_B[wanted_U] + best.values[:, 0] - best.values[:, 1] + increment
-        _settle(block_F, bid_F, price_B, wanted_U, size)
+        bid_F[free_U] = price_B[wanted_U] + best_U - value_UB.max(axis=1) + increment
+        _settle(block_F, bid_F, price_B, wanted_U, num_points // num_blocks)
     return block_F
 
 
-def _settle(block_F: Tensor, bid_F: Tensor, price_B: Tensor, wanted_U: Tensor, size: int) -> None:
+def _settle(block_F: IntArray, bid_F: FloatArray, price_B: FloatArray, wanted_U: IntArray, size: int) -> None:
     """Send the lowest bidders of each over-full block away and set the price of full ones, all in place."""
-    contested_B = torch.zeros(len(price_B), dtype=torch.bool)
+    contested_B = np.zeros(len(price_B), dtype=bool)
     contested_B[wanted_U] = True
-    holder = (contested_B[block_F] & (block_F >= 0)).nonzero()[:, 0]
-    holder = holder[bid_F[holder].argsort(descending=True, stable=True)]
-    holder = holder[block_F[holder].argsort(stable=True)]
+    holder = np.flatnonzero(contested_B[block_F] & (block_F >= 0))
+    holder = holder[np.lexsort((-bid_F[holder], block_F[holder]))]
     of_holder = block_F[holder]
-    counts_B = torch.bincount(of_holder, minlength=len(price_B))
-    rank = torch.arange(len(holder)) - (counts_B.cumsum(0) - counts_B)[of_holder]
+    counts_B = np.bincount(of_holder, minlength=len(price_B))
+    rank = np.arange(len(holder)) - (counts_B.cumsum() - counts_B)[of_holder]
     marginal = holder[rank == size - 1]
     price_B[block_F[marginal]] = bid_F[marginal]
     block_F[holder[rank >= size]] = -1
 
 
-def _fill_up(cost_FB: Tensor, block_F: Tensor) -> Tensor:
+def _fill_up(cost_FB: FloatArray, block_F: IntArray) -> IntArray:
     """Put each point that has no block into the cheapest block with a free place."""
     num_points, num_blocks = cost_FB.shape
-    room_B = num_points // num_blocks - torch.bincount(block_F[block_F >= 0], minlength=num_blocks)
-    for point in (block_F < 0).nonzero()[:, 0].tolist():
-        block = int(cost_FB[point].masked_fill(room_B == 0, math.inf).argmin())
+    room_B = num_points // num_blocks - np.bincount(block_F[block_F >= 0], minlength=num_blocks)
+    for point in np.flatnonzero(block_F < 0):
+        block = np.where(room_B > 0, cost_FB[point], np.inf).argmin()
         block_F[point] = block
         room_B[block] -= 1
     return block_F

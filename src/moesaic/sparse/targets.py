@@ -42,11 +42,10 @@ def expert_targets(experts: Experts, x_TD: Tensor, target: Target) -> Tensor:
     """float32 (T, B) >= 0, without gradient: `block_targets` of `experts` on the FFN inputs `x_TD`, in chunks."""
     shape = (experts.num_blocks, experts.block_size)
     down_BSD = experts.down_BSD.detach()
-    parts = [x_TD.new_zeros(0, experts.num_blocks, dtype=torch.float32)]
+    none_TB = x_TD.new_zeros(0, experts.num_blocks, dtype=torch.float32)
     with full_precision(x_TD.device):
-        for h_TF in hidden_chunks(experts.dense_ffn(), x_TD):
-            parts.append(block_targets(h_TF.unflatten(1, shape), target, down_BSD))
-    return torch.cat(parts)
+        chunks = hidden_chunks(experts.dense_ffn(), x_TD)
+        return torch.cat([none_TB, *(block_targets(h_TF.unflatten(1, shape), target, down_BSD) for h_TF in chunks)])
 
 
 def block_targets(h_TBS: Tensor, target: Target, down_BSD: Tensor) -> Tensor:
