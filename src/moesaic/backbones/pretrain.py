@@ -90,14 +90,10 @@ class PretrainHere(Backbone):
         return model
 
     def _config(self) -> PreTrainedConfig:
-        options: dict[str, Any] = {
-            "bos_token_id": None,
-            "eos_token_id": None,
-            "pad_token_id": None,
-            **self.architecture,
-        }
-        config_class = CONFIG_MAPPING[options.pop("model_type")]
-        return config_class(**options, vocab_size=self.vocab_size, max_position_embeddings=self.context)
+        own = {name: getattr(self, field_name) for name, field_name in _OWN_FIELDS.items()}
+        options = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None, **self.architecture, **own}
+        config_class: Any = CONFIG_MAPPING[options.pop("model_type")]
+        return config_class(**options)
 
 
 def _pretraining(model: PreTrainedModel, config: FitConfig) -> Any:
