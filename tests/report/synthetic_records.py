@@ -11,7 +11,7 @@ from typing import Any
 
 DENSE_NATS = 2.0
 NUM_BLOCKS = 32
-CELLS = (("prefill", 1, 512, None), ("prefill", 8, 512, None), ("decode", 1, 32, 128), ("decode", 8, 32, 128))
+CELLS = (("prefill", 1, 512, 0), ("prefill", 8, 512, 0), ("decode", 1, 32, 128), ("decode", 8, 32, 128))
 
 # method -> (loss at 25 % active over dense in nats for each arm, how much of the ideal gain it captures)
 _ARMS = {
@@ -66,9 +66,9 @@ def record(
             "block_size": 32,
             "knob": "k",
         },
-        "protocol": {"context": 256, "stride": 128, "tokens_counted": 9_000, "dtype": "float32"},
+        "protocol": {"perplexity": {"context": 256, "stride": 128, "tokens_counted": 9_000, "dtype": "float32"}},
         "config": {"seed": seed, "method": {"name": method, **config}, "paths": {"runs": f"/somewhere/{seed}"}},
-        "environment": {"cpu": "Synthetic CPU", "threads": 2, "torch": "0.0-synthetic", "host": "nowhere"},
+        "environment": {"device_name": "Synthetic CPU", "threads": 2, "torch": "0.0-synthetic", "host": "nowhere"},
         "stages": [
             {"stage": "backbone", "identity": f"b-{backbone}", "wall_seconds": 90.0, "cpu_seconds": 170.0,
              "peak_rss_bytes": 1_500_000_000, "cached": seed > 0},
@@ -121,7 +121,7 @@ def point(
 
 
 def cell(
-    phase: str, batch: int, tokens: int, context: int | None, *, ratio: float, ideal: float, control: str = "own"
+    phase: str, batch: int, tokens: int, context: int, *, ratio: float, ideal: float, control: str = "own"
 ) -> dict[str, Any]:
     """One speed cell with a 3 % interval."""
     dense_ms = (20.0 if phase == "prefill" else 2.0) * batch**0.8

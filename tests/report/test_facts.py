@@ -17,8 +17,8 @@ def test_a_shared_stage_is_counted_once(tmp_path: Path) -> None:
 def test_differences_between_records_are_all_shown(tmp_path: Path) -> None:
     for seed, threads in enumerate((2, 4, 2)):
         one = record("m", "synthetic-a", seed, [point("adapted", 8, 2.0, active=0.25)])
-        one["environment"] = {"cpu": "Synthetic CPU", "blas": {"threads": threads}}
+        one["environment"] = {"cpu_model": "Synthetic CPU", "blas": {"threads": threads}}
         write_record(tmp_path, one)
     facts = dict(shared_facts(load(tmp_path).experiments, "environment"))
-    assert facts["cpu"] == ["Synthetic CPU"]
+    assert facts["cpu_model"] == ["Synthetic CPU"]
     assert sorted(facts["blas.threads"]) == ["2", "4"]

@@ -33,9 +33,9 @@ def test_one_panel_per_cell_with_every_candidate_and_the_front(tmp_path: Path) -
 
 def test_labels_do_not_overlap(tmp_path: Path) -> None:
     # Twelve points in a corner: those without room stay unlabelled.
-    speed = [[cell("prefill", 1, 512, None, ratio=0.6 + i / 500, ideal=0.5)] for i in range(12)]
+    speed = [[cell("prefill", 1, 512, 0, ratio=0.6 + i / 500, ideal=0.5)] for i in range(12)]
     points = [point("adapted", 8 + i, 2 + i / 500, active=0.25, speed=speed[i]) for i in range(12)]
-    points.append(point("adapted", 1, 4.0, active=0.9, speed=[cell("prefill", 1, 512, None, ratio=0.9, ideal=0.5)]))
+    points.append(point("adapted", 1, 4.0, active=0.9, speed=[cell("prefill", 1, 512, 0, ratio=0.9, ideal=0.5)]))
     write_record(tmp_path, record("m", "synthetic-a", 0, points))
     table = load(tmp_path).table
     quality = find_quality("perplexity", table.columns)

@@ -53,7 +53,7 @@ def test_membership_needs_two_seeds() -> None:
 
 
 def _write(root: Path, method: str, nats: float, ratio: float | None, *, budget: float | None = 8) -> None:
-    speed = [] if ratio is None else [cell("prefill", 1, 512, None, ratio=ratio, ideal=0.4)]
+    speed = [] if ratio is None else [cell("prefill", 1, 512, 0, ratio=ratio, ideal=0.4)]
     arm = "dense" if method == "dense" else "adapted"
     write_record(root, record(method, "synthetic-a", 0, [point(arm, budget, nats, active=0.5, speed=speed)]))
 

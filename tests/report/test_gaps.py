@@ -40,7 +40,8 @@ def test_gaps_by_hand(tmp_path: Path) -> None:
         "dense_tokens_gap": 2.25 - 1.9,
         "routing_gain": 2.4 - 2.25,
     }
-    assert {gap.name: row[gap.name] for gap in GAPS} == pytest.approx(expected)
+    assert {name: row[name] for name in expected} == pytest.approx(expected)
+    assert math.isnan(row["prepare_gap"])  # nothing was prepared
     # The ladder adds up: dense + the three steps = adapted.
     steps = row["partition_gap"] + row["router_gap"] + row["adaptation_gap"]
     assert row["dense"] + steps == pytest.approx(row["adapted"])
@@ -109,3 +110,13 @@ def test_pictures_cut_an_untrained_router_off(tmp_path: Path) -> None:
     # losses of the rungs meant to be good: 0.1 and 0.25, median 0.175
     assert visible_limit(gaps, quality) == pytest.approx(2.0 + 4 * 0.175)
     assert math.isnan(visible_limit(gaps.drop(columns="random_router").assign(random_router=2.3), quality))
+
+
+def test_a_prepared_dense_model_is_a_rung_of_its_own(tmp_path: Path) -> None:
+    arms = {"oracle_router": 2.3, "adapted": 2.4}
+    points = [point(arm, 8, nats, active=0.25) for arm, nats in arms.items()]
+    points.append(point("prepared_dense", None, 2.2, active=1.0))
+    write_record(tmp_path, record("m", "synthetic-a", 0, points))
+    _control(tmp_path, "dense", 2.0)
+    (row,) = _table(tmp_path)
+    assert (row["prepare_gap"], row["partition_gap"]) == pytest.approx((0.2, 0.1))

@@ -6,20 +6,14 @@ from typing import Any
 import pytest
 from report.synthetic_records import point, record, write_record, write_runs
 
-from moesaic.report.columns import find_quality
 from moesaic.report.front import ReferencePoint
-from moesaic.report.gaps import gap_table
 from moesaic.report.html import render
 from moesaic.report.load import load
+from moesaic.report.results import analyse
 
 
 def _page(root: Path) -> str:
-    runs = load(root)
-    quality = find_quality("perplexity", runs.table.columns)
-    loss = find_quality("nats_per_token", runs.table.columns)
-    return render(
-        runs, gap_table(runs.table, loss), quality=quality, gap_quality=loss, reference=ReferencePoint(1.5, 1.1)
-    )
+    return render(analyse(load(root), reference=ReferencePoint(1.5, 1.1)))
 
 
 def _data(page: str) -> dict[str, Any]:
@@ -87,5 +81,5 @@ def test_gap_table_shows_missing_as_missing(tmp_path: Path) -> None:
     table = page[page.index('aria-label="Gaps"') :]
     cells = re.findall(r"<td[^>]*>(.*?)</td>", table[: table.index("</table>")])
     assert cells[:3] == ["m", "k=8", "25 %"]
-    assert cells.count("—") == 6 + 5  # every rung but `adapted`, every gap
+    assert cells.count("—") == 7 + 5  # every rung but `adapted`, every gap; nothing was prepared
     assert "2.250" in cells

@@ -44,7 +44,7 @@ def test_other_backbones_do_not_lengthen_a_label(tmp_path: Path) -> None:
 def test_settings_name_the_machine_only_where_there_are_several(tmp_path: Path) -> None:
     _write(tmp_path)
     other = record("m", "synthetic-a", 1, [point("adapted", 8, 2.0, active=0.25)])
-    other["environment"] = {"gpu": "Synthetic GPU"}
+    other["environment"] = {"device_name": "Synthetic GPU"}
     write_record(tmp_path, other)
     assert set(load(tmp_path).table["setting"]) == {
         "synthetic-a, Synthetic CPU, 2 threads, float32",
@@ -53,5 +53,9 @@ def test_settings_name_the_machine_only_where_there_are_several(tmp_path: Path) 
 
 
 def test_machine_name() -> None:
-    assert machine_name({"cpu": "X", "threads": 4}, {"dtype": "torch.bfloat16"}) == "X, 4 threads, bfloat16"
-    assert machine_name({}, {}) == "unknown machine"
+    environment = {"device_name": "X", "device": "cpu", "threads": 4}
+    quality = {"perplexity": {"dtype": "float32"}}
+    assert machine_name(environment, {}, quality) == "X, 4 threads, float32"
+    asked = {"bench": {"threads": 1, "dtype": "bfloat16"}}
+    assert machine_name(environment, asked, quality) == "X, 1 threads, bfloat16"
+    assert machine_name({}, {}, {}) == "unknown machine"

@@ -9,6 +9,7 @@ from moesaic.report.columns import COLUMNS, find_quality
 from moesaic.report.facts import shared_facts, stage_costs
 from moesaic.report.front import fronts
 from moesaic.report.load import NoRecordsError, load
+from moesaic.runs.record import RECORD_FILE, read_record
 
 
 @pytest.fixture
@@ -46,6 +47,12 @@ def test_values_arrive_in_their_columns(tmp_path: Path) -> None:
     assert row["task.next_line.acc_frac"] == pytest.approx(0.8)
 
 
+def test_synthetic_records_are_what_moesaic_writes(tmp_path: Path) -> None:
+    write_runs(tmp_path, seeds=(0,))
+    for path in tmp_path.rglob(RECORD_FILE):
+        assert read_record(path.parent).points
+
+
 def test_seeds_share_a_configuration_and_settings_do_not(tmp_path: Path) -> None:
     for seed in (0, 1):
         for rows in ("gate", "up"):
@@ -78,7 +85,7 @@ def test_whole_records_are_read_while_others_are_not_whole(tmp_path: Path, dense
     assert reasons["zz-copy"] == f"same experiment as {good}"
     assert "JSON" in reasons["cut"]
     assert "no schema_version" in reasons["foreign"]
-    assert "99; this version of moesaic reads 1" in reasons["newer"]
+    assert "99; this moesaic reads 1" in reasons["newer"]
     assert "'running'" in reasons["running"]
     assert reasons["typed"] == "points[0].active_ffn_frac is 'all'; a number is needed"
     assert reasons["nameless"] == "identity is missing"

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from report.synthetic_records import write_runs
 
-from moesaic.report.columns import find_quality
 from moesaic.report.load import load
+from moesaic.report.results import analyse
 from moesaic.report.write import write_report
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -24,7 +24,7 @@ pytestmark = [
 def page_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("report")
     runs = load(write_runs(root / "runs", backbones=("synthetic-a", "synthetic-b")))
-    return write_report(runs, root / "out", quality=find_quality("perplexity", runs.table.columns)).page
+    return write_report(analyse(runs), root / "out").page
 
 
 @pytest.fixture(scope="module")

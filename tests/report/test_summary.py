@@ -9,7 +9,7 @@ from moesaic.report.summary import deployed, failures, in_reading_order, mean_in
 
 
 def _timed(ratio: float, **more: object) -> dict:
-    return cell("prefill", 1, 512, None, ratio=ratio, ideal=0.5) | more
+    return cell("prefill", 1, 512, 0, ratio=ratio, ideal=0.5) | more
 
 
 def test_interval_by_hand() -> None:
@@ -56,7 +56,7 @@ def test_a_point_timed_in_two_cells_counts_once_in_its_quality(tmp_path: Path) -
 
 
 def test_failed_points_are_listed_and_not_averaged(tmp_path: Path) -> None:
-    failed = point("adapted", 8, 9.0, active=0.25, failure={"reason": "diverged", "message": "NaN at step 3"})
+    failed = {"arm": "adapted", "budget": 8, "failure": {"reason": "diverged", "message": "NaN at step 3"}}
     write_record(tmp_path, record("m", "synthetic-a", 0, [failed, point("adapted", 16, 2.0, active=0.5)]))
     table = load(tmp_path).table
     assert list(summarise_points(table)["budget"]) == [16]
@@ -80,3 +80,19 @@ def test_reading_order_is_controls_first_then_widest_budget_first(tmp_path: Path
     assert list(zip(rows["label"], rows["budget"], strict=True))[::2] == [
         ("dense", 16), ("static_slice", 16), ("alpha", 16), ("zeta", 16),
     ]  # fmt: skip
+
+
+def test_the_first_of_several_executors_counts(tmp_path: Path) -> None:
+    speed = [_timed(0.6, executor="grouped"), _timed(0.3, executor="gather")]
+    write_record(tmp_path, record("m", "synthetic-a", 0, [point("adapted", 8, 2.0, active=0.25, speed=speed)]))
+    (row,) = summarise(load(tmp_path).table).to_dict("records")
+    assert (row["ratio"], row["executor"]) == (0.6, "grouped")
+
+
+def test_a_point_whose_timing_failed_keeps_its_quality(tmp_path: Path) -> None:
+    failed = point("adapted", 8, 2.0, active=0.25, failure={"reason": "mismatch", "message": "outputs differ"})
+    one = record("m", "synthetic-a", 0, [failed])
+    write_record(tmp_path, {**one, "state": "failed"})
+    table = load(tmp_path).table
+    assert list(summarise_points(table)["nats_per_token"]) == [2.0]
+    assert list(failures(table)["failure_reason"]) == ["mismatch"]

@@ -5,22 +5,19 @@ import pytest
 from report.synthetic_records import cell, point, record, write_record, write_runs
 from rich.console import Console
 
-from moesaic.report.columns import find_quality
-from moesaic.report.front import fronts
 from moesaic.report.load import load
+from moesaic.report.results import analyse
 from moesaic.report.terminal import print_results
 
 
 def _printed(root: Path, width: int) -> list[str]:
-    runs = load(root)
-    quality = find_quality("perplexity", runs.table.columns)
     text = io.StringIO()
-    print_results(Console(file=text, width=width), runs, fronts(runs.table, quality), quality)
+    print_results(Console(file=text, width=width), analyse(load(root)))
     return text.getvalue().splitlines()
 
 
 def _small(root: Path) -> Path:
-    speed = [cell("prefill", b, 512, None, ratio=0.6 + b / 100, ideal=0.5) for b in (8, 1)]
+    speed = [cell("prefill", b, 512, 0, ratio=0.6 + b / 100, ideal=0.5) for b in (8, 1)]
     points = [point("adapted", 8, 2.0, active=0.25, speed=speed)]
     points.append(point("adapted", 4, 9.0, active=0.1, failure={"reason": "diverged", "message": "NaN"}))
     write_record(root, record("m", "synthetic-a", 0, points))
@@ -33,7 +30,7 @@ def test_a_wide_terminal_has_one_line_per_point(tmp_path: Path) -> None:
     (row,) = [line for line in lines if line.strip().startswith("m ")]
     # smallest batch: 0.61, its interval 3 % each way
     assert row.split() == ["m", "k=8", "25", "%", "7.389", "80", "%", "●", "0.61", "0.59–0.63", "0.50"]
-    assert any("no result: m 4 (adapted, seed 0): diverged" in line for line in lines)
+    assert any("failed: m 4 (adapted, seed 0): diverged" in line for line in lines)
     assert any("prefill, batch 1, 512 tokens" in line for line in lines)
 
 

@@ -47,24 +47,23 @@ def _run(arguments: argparse.Namespace) -> int:
     # pandas, matplotlib and scipy take seconds to import; --help and a wrong argument must not wait for them.
     from rich.console import Console
 
-    from moesaic.report.columns import find_quality
-    from moesaic.report.front import ReferencePoint, fronts
+    from moesaic.report.front import ReferencePoint
     from moesaic.report.load import load
+    from moesaic.report.results import analyse
     from moesaic.report.terminal import print_files, print_results
     from moesaic.report.write import write_report
 
     try:
         reference = ReferencePoint(*arguments.reference) if arguments.reference else ReferencePoint()
-        runs = load(arguments.runs)
-        quality = find_quality(arguments.quality, runs.table.columns)
+        results = analyse(load(arguments.runs), arguments.quality, reference)
     except ValueError as error:
         print(f"moesaic-report: {error}", file=sys.stderr)
         return REFUSED
     console = Console()
-    print_results(console, runs, fronts(runs.table, quality), quality)
+    print_results(console, results)
     out = arguments.out or arguments.runs / "report"
     try:
-        print_files(console, write_report(runs, out, quality=quality, reference=reference))
+        print_files(console, write_report(results, out))
     except OSError as error:
         print(f"moesaic-report: cannot write to {out}: {error}", file=sys.stderr)
         return FAILED

@@ -65,9 +65,7 @@ RECORD_COLUMNS = (
 )
 
 POINT_COLUMNS = (
-    _column(
-        "arm", "arm", "text", "dense, adapted, learned_router, oracle_router, random_router, all_blocks", required=True
-    ),
+    _column("arm", "arm", "text", "what was evaluated: the adapted model, a control, or a dense model", required=True),
     _column("budget", "budget", "float", "value of the inference knob; empty where there is none"),
     _column("knob", "knob", "text", "name of the inference knob"),
     _column("active_ffn_frac", "active_ffn_frac", "float", "FFN neurons that ran, of all layers' neurons, 0..1"),

@@ -6,7 +6,9 @@ definition: they *are* the dense arm, and the noise of timing a model against it
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import moocore
 import numpy as np
@@ -14,7 +16,16 @@ import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
 from moesaic.report.columns import Quality
-from moesaic.report.summary import CELL_KEYS, DENSE_METHODS, deployed, in_reading_order, summarise, summarise_points
+from moesaic.report.summary import (
+    CELL_KEYS,
+    DENSE_METHODS,
+    deployed,
+    in_reading_order,
+    own_timings,
+    summarise,
+    summarise_points,
+    usable_points,
+)
 
 __all__ = [
     "FRONT_KEYS",
@@ -22,6 +33,7 @@ __all__ = [
     "cell_label",
     "dense_quality",
     "fronts",
+    "fronts_by_quality",
     "hypervolume",
     "hypervolumes",
     "membership",
@@ -49,28 +61,35 @@ class ReferencePoint:
 
 
 def fronts(table: pd.DataFrame, quality: Quality, *, resamples: int = 400, seed: int = 0) -> pd.DataFrame:
-    """Every candidate of every front, with `on_front` and `membership_frac`.
+    """Every candidate of every front over `quality`, with `on_front` and `membership_frac`.
 
     `table` is the tidy table. Columns beside those of `summarise`: `value`, `value_low`, `value_high` (the quality),
     `on_front`, `membership_frac` (share of `resamples` bootstrap draws of seeds in which the point is on the front;
     empty where no candidate has two seeds).
     """
-    candidates = _candidates(table, quality)
-    draws = _seed_draws(table, quality)
-    parts = []
-    for _, group in candidates.groupby(list(FRONT_KEYS), dropna=False, sort=False):
-        points = group[["value", "ratio"]].to_numpy(dtype=float)
-        seeds = [_draws_of({str(key): value for key, value in row.items()}, draws) for row in group.to_dict("records")]
-        generator = np.random.default_rng(seed)
-        parts.append(
-            group.assign(
-                on_front=nondominated(points, maximise_quality=quality.maximise),
-                membership_frac=membership(
-                    seeds, maximise_quality=quality.maximise, resamples=resamples, generator=generator
-                ),
-            )
-        )
-    return pd.concat(parts, ignore_index=True) if parts else candidates.assign(on_front=False, membership_frac=np.nan)
+    return fronts_by_quality(table, [quality], resamples=resamples, seed=seed)[quality.name]
+
+
+def fronts_by_quality(
+    table: pd.DataFrame, shown: Sequence[Quality], *, resamples: int = 400, seed: int = 0
+) -> dict[str, pd.DataFrame]:
+    """`fronts` for each of `shown`, by its name."""
+    timed = _timed(table)
+    columns = [quality.column for quality in shown]
+    draws = _seed_draws(table, columns) if table["seed"].nunique() > 1 else {}
+    found = {}
+    for number, quality in enumerate(shown):
+        candidates = _with_value(timed, quality)
+        parts = []
+        for _, group in candidates.groupby(list(FRONT_KEYS), dropna=False, sort=False):
+            seeds = [_draws_of(row, draws, number) for row in _plain_rows(group)]
+            generator = np.random.default_rng(seed)
+            share = membership(seeds, maximise_quality=quality.maximise, resamples=resamples, generator=generator)
+            on_front = nondominated(group[["value", "ratio"]].to_numpy(), maximise_quality=quality.maximise)
+            parts.append(group.assign(on_front=on_front, membership_frac=share))
+        empty = candidates.assign(on_front=False, membership_frac=np.nan)
+        found[quality.name] = pd.concat(parts, ignore_index=True) if parts else empty
+    return found
 
 
 def nondominated(points: ArrayLike, *, maximise_quality: bool) -> NDArray[np.bool_]:
@@ -143,44 +162,52 @@ def _given(value: object) -> bool:
     return value is not None and not pd.isna(value)  # type: ignore[call-overload]
 
 
-def _candidates(table: pd.DataFrame, quality: Quality) -> pd.DataFrame:
+def _timed(table: pd.DataFrame) -> pd.DataFrame:
+    """Seed means of what could be deployed, per timed cell; dense-shaped controls stand at ratio 1 in every cell."""
     means = summarise(table)
     measured = deployed(means[~means["method"].isin(DENSE_METHODS)])
     cells = means.loc[means["ratio"].notna(), ["model", "machine", *FRONT_KEYS]].drop_duplicates()
     points = summarise_points(table)
     dense = points[points["method"].isin(DENSE_METHODS)]
     by_definition = dense.merge(cells, on="model").assign(ratio=1.0)
-    everything = pd.concat([by_definition, measured], ignore_index=True)
-    everything = everything.assign(
-        value=everything[quality.column],
-        value_low=everything[f"{quality.column}_low"],
-        value_high=everything[f"{quality.column}_high"],
-    )
-    finite = np.isfinite(everything[["value", "ratio"]].to_numpy(dtype=float)).all(axis=1)
-    return in_reading_order(everything.loc[finite]).reset_index(drop=True)
+    return in_reading_order(pd.concat([by_definition, measured], ignore_index=True))
 
 
-_DRAW_KEYS = ("configuration", "arm", "budget", *CELL_KEYS)
+def _with_value(timed: pd.DataFrame, quality: Quality) -> pd.DataFrame:
+    ends = {f"value{end}": timed[f"{quality.column}{end}"] for end in ("", "_low", "_high")}
+    candidates = timed.assign(**ends)
+    finite = np.isfinite(candidates[["value", "ratio"]].to_numpy(dtype=float)).all(axis=1)
+    return candidates.loc[finite].reset_index(drop=True)
 
 
-def _seed_draws(table: pd.DataFrame, quality: Quality) -> dict[tuple[object, ...], NDArray[np.float64]]:
-    """Quality and ratio per seed: keyed with the cell, and without it (all cell keys None) for dense-shaped methods."""
-    usable = table[table["failure_reason"].isna()]
-    own = usable[usable["control"].isna() | (usable["control"] == "own")]
+_POINT = ("configuration", "arm", "budget")
+_CELL = (*_POINT, *FRONT_KEYS)
+
+
+def _plain_rows(frame: pd.DataFrame) -> list[dict[str, Any]]:
+    columns = [*_CELL, "method", "value", "ratio"]
+    return [dict(zip(columns, row, strict=True)) for row in frame[columns].itertuples(index=False, name=None)]
+
+
+def _seed_draws(table: pd.DataFrame, columns: Sequence[str]) -> dict[tuple[object, ...], NDArray[np.float64]]:
+    """Ratio and `columns` per seed, (seeds, 1 + columns): by cell, and by point alone for dense-shaped methods."""
     draws = {}
-    for keys, group in own.groupby([*_DRAW_KEYS, "setting"], dropna=False):
-        values = group[[quality.column, "ratio"]].to_numpy(dtype=float, na_value=np.nan)
-        draws[_key(keys)] = values[np.isfinite(values).all(axis=1)]
-    dense = usable[usable["method"].isin(DENSE_METHODS)].drop_duplicates(["identity", "arm", "budget"])
-    for keys, group in dense.groupby(list(_DRAW_KEYS[:3]), dropna=False):
-        quality_values = group[quality.column].dropna().to_numpy(dtype=float)
-        draws[_key(keys)] = np.column_stack([quality_values, np.ones(len(quality_values))])
+    names = ["ratio", *columns]
+    for keys, group in own_timings(table).groupby(list(_CELL), dropna=False):
+        draws[_key(keys)] = group[names].to_numpy(dtype=float, na_value=np.nan)
+    dense = usable_points(table[table["method"].isin(DENSE_METHODS)]).assign(ratio=1.0)
+    for keys, group in dense.groupby(list(_POINT), dropna=False):
+        draws[_key(keys)] = group[names].to_numpy(dtype=float, na_value=np.nan)
     return draws
 
 
-def _draws_of(row: dict[str, object], draws: dict[tuple[object, ...], NDArray[np.float64]]) -> NDArray[np.float64]:
-    names = _DRAW_KEYS[:3] if row["method"] in DENSE_METHODS else (*_DRAW_KEYS, "setting")
-    values = draws[_key(tuple(row[name] for name in names))]
+def _draws_of(
+    row: Mapping[str, Any], draws: Mapping[tuple[object, ...], NDArray[np.float64]], number: int
+) -> NDArray[np.float64]:
+    """(seeds, 2) quality and ratio of a candidate; its mean alone where no seed has both."""
+    names = _POINT if row["method"] in DENSE_METHODS else _CELL
+    values = draws.get(_key(tuple(row[name] for name in names)), np.empty((0, 2 + number)))[:, [1 + number, 0]]
+    values = values[np.isfinite(values).all(axis=1)]
     return values if len(values) else np.array([[row["value"], row["ratio"]]], dtype=float)
 
 

@@ -13,20 +13,22 @@ from typing import Any
 import pandas as pd
 
 from moesaic.report.columns import Quality
-from moesaic.report.summary import DENSE_METHODS, in_reading_order, mean_interval, summarise_points
+from moesaic.report.summary import DENSE_METHODS, in_reading_order, mean_interval, summarise_points, usable_points
 
 __all__ = ["GAPS", "RUNGS", "Gap", "gap_table", "visible_limit"]
 
 RUNGS = (
     "dense",
+    "prepared_dense",
     "oracle_router",
     "random_router",
     "learned_router",
     "adapted",
+    "all_blocks",
     "dense_same_tokens",
     "static_slice",
 )
-_OWN_ARMS = ("adapted", "learned_router", "oracle_router", "random_router")
+_OWN_ARMS = ("adapted", "learned_router", "oracle_router", "random_router", "all_blocks")
 
 # A fraction of a dense FFN within which two methods count as equally wide, and two runs as equally long.
 _SAME_WIDTH = 0.02
@@ -37,7 +39,8 @@ _SAME_TOKENS = 0.01
 class Gap:
     """A difference of two rungs, `upper` minus `lower`, and what it tells.
 
-    "final" is what would be deployed: the adapted model, or the learned router of a method that trains nothing after.
+    "start" is the dense model that was cut: the prepared one where there is one. "final" is what would be deployed:
+    the adapted model, or the learned router of a method that trains nothing after.
     """
 
     name: str
@@ -48,9 +51,15 @@ class Gap:
 
 GAPS = (
     Gap(
+        name="prepare_gap",
+        upper="prepared_dense",
+        lower="dense",
+        meaning="lost by changing the dense model before the cut (ReLU in place of its own activation)",
+    ),
+    Gap(
         name="partition_gap",
         upper="oracle_router",
-        lower="dense",
+        lower="start",
         meaning="lost although every token gets its best blocks: partition and budget",
     ),
     Gap(name="router_gap", upper="learned_router", lower="oracle_router", meaning="lost by the router's mistakes"),
@@ -122,12 +131,15 @@ def _rungs(
     rungs = {name: arms[name] for name in _OWN_ARMS if name in arms}
     if lead["arm"] in ("adapted", "learned_router"):
         rungs["final"] = lead
+    prepared = points[(points["configuration"] == lead["configuration"]) & (points["arm"] == "prepared_dense")]
     dense = points[points["method"] == "dense"]
     same_tokens = points[points["method"] == "dense_same_tokens"]
     sliced = points[(points["method"] == "static_slice") & (points["arm"] == "adapted")]
     width = (sliced["active_ffn_frac"] - lead["active_ffn_frac"]).abs()
     found = {
         "dense": dense,
+        "prepared_dense": prepared,
+        "start": prepared if len(prepared) else dense,
         "dense_same_tokens": _nearest_tokens(same_tokens, lead),
         "static_slice": _nearest_tokens(sliced[width <= _SAME_WIDTH], lead),
     }
@@ -175,8 +187,7 @@ def _paired_interval(upper: pd.Series | None, lower: pd.Series | None) -> tuple[
 
 
 def _seed_values(table: pd.DataFrame, quality: Quality) -> dict[tuple[object, ...], pd.Series]:
-    usable = table[table["failure_reason"].isna() & table[quality.column].notna()]
-    once = usable.drop_duplicates(["identity", "arm", "budget"])
+    once = usable_points(table[table[quality.column].notna()])
     groups = once.groupby(["configuration", "arm", "budget"], dropna=False)
     return {_plain(keys): group.groupby("seed")[quality.column].mean().astype(float) for keys, group in groups}
 

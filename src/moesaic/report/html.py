@@ -18,9 +18,10 @@ from moesaic.report import format as fmt
 from moesaic.report.columns import Quality
 from moesaic.report.facts import shared_facts, stage_costs
 from moesaic.report.front import ReferencePoint
-from moesaic.report.gaps import GAPS, RUNGS
+from moesaic.report.gaps import GAPS, RUNGS, Gap
 from moesaic.report.load import LoadedRuns
 from moesaic.report.payload import payload
+from moesaic.report.results import Results
 from moesaic.report.summary import failures
 
 __all__ = ["render"]
@@ -28,24 +29,21 @@ __all__ = ["render"]
 _MOST_VALUES = 6  # of a fact that differs between records
 
 
-def render(
-    runs: LoadedRuns, gaps: pd.DataFrame, *, quality: Quality, gap_quality: Quality, reference: ReferencePoint
-) -> str:
-    """The page's text. `gaps` is `gap_table(runs.table, gap_quality)`."""
-    content = payload(runs.table, gaps, quality=quality, gap_quality=gap_quality, reference=reference)
-    page = files("moesaic.report") / "page"
+def render(results: Results) -> str:
+    """The page's text."""
+    runs, page = results.runs, files("moesaic.report") / "page"
     studies = ", ".join(runs.table["study"].dropna().unique())
     return Template((page / "report.html").read_text("utf-8")).substitute(
         title=escape(f"moesaic: {studies}" if studies else "moesaic report"),
         subtitle=escape(_subtitle(runs)),
         style=(page / "report.css").read_text("utf-8"),
         script=(page / "report.js").read_text("utf-8"),
-        data=_script_safe(content),
+        data=_script_safe(payload(results)),
         plotly=base64.b64encode(gzip.compress(get_plotlyjs().encode(), mtime=0)).decode(),
-        gap_notes=_gap_notes(),
-        gap_table=_gap_table(gaps, gap_quality),
+        gap_notes=_gap_notes(_shown_gaps(results.gaps)),
+        gap_table=_gap_table(results.gaps, results.gap_quality),
         failures=_failures(runs),
-        notes=_notes(reference),
+        notes=_notes(results.reference),
         facts=_facts(runs),
     )
 
@@ -68,32 +66,38 @@ def _subtitle(runs: LoadedRuns) -> str:
     return " · ".join(parts + ([f"newest record {written.max()}"] if len(written) else []))
 
 
-def _gap_notes() -> str:
-    rows = "".join(f"<li><b>{escape(_words(gap.name))}</b>: {escape(gap.meaning)}.</li>" for gap in GAPS)
+def _gap_notes(shown: list[Gap]) -> str:
+    rows = "".join(f"<li><b>{escape(_words(gap.name))}</b>: {escape(gap.meaning)}.</li>" for gap in shown)
     return (
         "<p>Each routed method, from the dense model through its intermediate states. A gap is the difference of two "
         f"of them; what was not measured stays empty.</p><ul>{rows}</ul>"
     )
 
 
+def _shown_gaps(gaps: pd.DataFrame) -> list[Gap]:
+    """All gaps; that of a prepared dense model only where a method prepares one."""
+    return [gap for gap in GAPS if gap.name != "prepare_gap" or gaps[gap.name].notna().any()]
+
+
 def _gap_table(gaps: pd.DataFrame, quality: Quality) -> str:
     if gaps.empty:
         return "<p>No routed method was evaluated.</p>"
-    heads = ["method", "budget", "active FFN", *map(_words, RUNGS), *(_words(gap.name) for gap in GAPS), "remarks"]
+    rungs = [rung for rung in RUNGS if rung != "prepared_dense" or gaps[rung].notna().any()]
+    shown = _shown_gaps(gaps)
+    heads = ["method", "budget", "active FFN", *map(_words, rungs), *(_words(gap.name) for gap in shown), "remarks"]
     parts = []
-    several = gaps["model"].nunique() > 1
     for model, rows in gaps.groupby("model", sort=False):
-        body = [_gap_row(row, quality) for row in rows.to_dict("records")]
-        heading = f"<h3>{escape(str(model))}</h3>" if several else ""
+        body = [_gap_row(row, rungs, shown, quality) for row in rows.to_dict("records")]
+        heading = f"<h3>{escape(str(model))}</h3>" if gaps["model"].nunique() > 1 else ""
         parts.append(heading + _table(heads, body, text={0, len(heads) - 1}, label="Gaps"))
     unit = escape(quality.label)
     return "".join(parts) + f'<p class="quiet">All values: {unit}. Small print: 95 % interval over seeds.</p>'
 
 
-def _gap_row(row: dict[Any, Any], quality: Quality) -> list[str]:
+def _gap_row(row: dict[Any, Any], rungs: list[str], shown: list[Gap], quality: Quality) -> list[str]:
     cells = [escape(str(row["label"])), fmt.budget(row["knob"], row["budget"]), fmt.percent(row["active_ffn_frac"])]
-    cells += [fmt.quality(row[rung], quality.column) for rung in RUNGS]
-    for gap in GAPS:
+    cells += [fmt.quality(row[rung], quality.column) for rung in rungs]
+    for gap in shown:
         low, high = row[f"{gap.name}_low"], row[f"{gap.name}_high"]
         ends = "" if pd.isna(low) else f"<small>{_signed(low)} – {_signed(high)}</small>"
         cells.append(_signed(row[gap.name]) + ends)
@@ -113,7 +117,7 @@ def _failures(runs: LoadedRuns) -> str:
     stages = [f"{_below(runs, stage.path)}: {stage.reason}" for stage in runs.failed_stages]
     skipped = [f"{_below(runs, entry.path)}: {entry.reason}" for entry in runs.skipped]
     if not (failed or stages or skipped):
-        return "<p>Every point that was asked for has a result, and every record could be read.</p>"
+        return "<p>Nothing failed, and every record could be read.</p>"
     groups = (("Points that failed", failed), ("Stages that failed", stages), ("Files that were skipped", skipped))
     return "".join(f"<h3>{name}</h3>{_list(entries)}" for name, entries in groups if entries)
 

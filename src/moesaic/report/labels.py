@@ -91,12 +91,17 @@ def label_settings(frame: pd.DataFrame) -> pd.DataFrame:
     return frame.assign(model=model, setting=setting)
 
 
-def machine_name(environment: Mapping[str, Any], protocol: Mapping[str, Any]) -> str:
-    """What times were taken on, in a few words: processor, threads, dtype. "unknown machine" where nothing says."""
-    device = environment.get("gpu") or environment.get("cpu") or environment.get("device") or environment.get("host")
-    threads = environment.get("threads")
-    dtype = protocol.get("dtype") or environment.get("dtype")
-    parts = [str(device)] if device else []
-    parts += [f"{threads} threads"] if threads else []
-    parts += [str(dtype).removeprefix("torch.")] if dtype else []
-    return ", ".join(parts) if parts else "unknown machine"
+def machine_name(environment: Mapping[str, Any], config: Mapping[str, Any], protocol: Mapping[str, Any]) -> str:
+    """What times were taken on, in a few words: processor, threads, dtype. "unknown machine" where nothing says.
+
+    Threads and dtype of the timing are the ones asked for in `config`; left open there, they are the process's own
+    number of threads and the dtype that quality was measured in.
+    """
+    bench, perplexity = config.get("bench"), protocol.get("perplexity")
+    asked = bench if isinstance(bench, Mapping) else {}
+    measured = perplexity if isinstance(perplexity, Mapping) else {}
+    device = environment.get("device_name") or environment.get("device") or environment.get("host")
+    threads = asked.get("threads") or environment.get("threads")
+    dtype = asked.get("dtype") or measured.get("dtype")
+    parts = [device, threads and f"{threads} threads", dtype]
+    return ", ".join(str(part) for part in parts if part) or "unknown machine"

@@ -20,14 +20,13 @@ import pandas as pd
 from moesaic.config.identity import identity
 from moesaic.report.columns import CELL_COLUMNS, COLUMNS, POINT_COLUMNS, RECORD_COLUMNS, Column, task_column
 from moesaic.report.labels import label_configurations, label_settings, machine_name
-from moesaic.runs.status import Status
+from moesaic.runs.record import DOCUMENTS_FILE, ITEMS_FILE, RECORD_FILE, SCHEMA_VERSION
+from moesaic.runs.status import STATUS_FILE, Status
 
-__all__ = ["SCHEMA_VERSIONS", "Experiment", "FailedStage", "LoadedRuns", "NoRecordsError", "Skipped", "load"]
-
-SCHEMA_VERSIONS = (1,)
+__all__ = ["Experiment", "FailedStage", "LoadedRuns", "NoRecordsError", "Skipped", "load"]
 
 # Parts of a resolved config that cannot change a result, so that they do not tell configurations apart.
-_NOT_CONFIGURATION = frozenset({"seed", "paths", "tracker", "launcher", "debug", "hydra", "study", "name"})
+_NOT_CONFIGURATION = frozenset({"seed", "paths", "study", "dry_run", "keep_going", "tracker", "launcher"})
 
 
 # How the store names folders that are not (or no longer) whole.
@@ -78,11 +77,11 @@ class LoadedRuns:
 
     def documents(self) -> pd.DataFrame:
         """Per-document losses of all records: experiment, arm, budget, document, nll (nats, summed), tokens, bytes."""
-        return self._side_files("documents.parquet")
+        return self._side_files(DOCUMENTS_FILE)
 
     def items(self) -> pd.DataFrame:
         """Per-item task results of all records: experiment, arm, budget, task, item, gold, option log-likelihoods."""
-        return self._side_files("items.parquet")
+        return self._side_files(ITEMS_FILE)
 
     def _side_files(self, name: str) -> pd.DataFrame:
         frames = []
@@ -110,7 +109,7 @@ def load(runs: str | Path) -> LoadedRuns:
     rows: list[dict[str, Any]] = []
     for folder in _stage_folders(root):
         failed += _failed_stage(folder)
-        if not (folder / "record.json").is_file():
+        if not (folder / RECORD_FILE).is_file():
             continue
         try:
             record = _read_record(folder)
@@ -119,7 +118,7 @@ def load(runs: str | Path) -> LoadedRuns:
             if identity_text in experiments:
                 raise RecordError(f"same experiment as {experiments[identity_text].folder}")
         except RecordError as error:
-            skipped.append(Skipped(path=folder / "record.json", reason=str(error)))
+            skipped.append(Skipped(path=folder / RECORD_FILE, reason=str(error)))
             continue
         rows += found
         experiments[identity_text] = Experiment(folder=folder, record=record)
@@ -138,9 +137,9 @@ def _stage_folders(root: Path) -> Iterator[Path]:
     """Folders that hold a record or a stage status, in a stable order; nothing below a record is looked at."""
     for folder, folders, files in os.walk(root):
         folders.sort()
-        if "record.json" in files or "status.json" in files:
+        if RECORD_FILE in files or STATUS_FILE in files:
             yield Path(folder)
-        if "record.json" in files:
+        if RECORD_FILE in files:
             folders.clear()
 
 
@@ -156,16 +155,15 @@ def _read_record(folder: Path) -> dict[str, Any]:
     if _SET_ASIDE.search(folder.name):
         raise RecordError(f"half-written, or set aside as damaged: the folder is called {folder.name}")
     try:
-        record = json.loads((folder / "record.json").read_text("utf-8"))
+        record = json.loads((folder / RECORD_FILE).read_text("utf-8"))
     except (OSError, ValueError) as error:
         raise RecordError(f"not readable as JSON: {error}") from error
     if not isinstance(record, dict) or "schema_version" not in record:
         raise RecordError("not a moesaic record: no schema_version")
-    if record["schema_version"] not in SCHEMA_VERSIONS:
-        known = ", ".join(map(str, SCHEMA_VERSIONS))
-        raise RecordError(f"schema_version {record['schema_version']!r}; this version of moesaic reads {known}")
-    if record.get("state", "done") != "done":
-        raise RecordError(f"its state is {record['state']!r}, not 'done'")
+    if record["schema_version"] != SCHEMA_VERSION:
+        raise RecordError(f"schema_version {record['schema_version']!r}; this moesaic reads {SCHEMA_VERSION}")
+    if record.get("state") not in ("done", "failed"):  # failed: some of its points are, and say so themselves
+        raise RecordError(f"its state is {record.get('state')!r}, not 'done' or 'failed'")
     if not isinstance(record.get("points"), list) or not record["points"]:
         raise RecordError("'points' is missing, empty or not a list")
     for part in ("config", "environment", "protocol"):
@@ -178,7 +176,7 @@ def _rows(record: Mapping[str, Any], folder: Path) -> list[dict[str, Any]]:
     """The table's rows of one record. RecordError for a field that is missing or of the wrong type."""
     common = _extract(record, RECORD_COLUMNS, "")
     common["record_dir"] = str(folder)
-    common["machine"] = machine_name(record["environment"], record["protocol"])
+    common["machine"] = machine_name(record["environment"], record["config"], record["protocol"])
     common["configuration"] = str(record.get("configuration") or _configuration(record))
     default_knob = str(_at(record, "method.knob") or "") or None
     rows = []

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import pandas as pd
 
 from moesaic.report import format as fmt
-from moesaic.report.columns import Quality, qualities
-from moesaic.report.front import FRONT_KEYS, ReferencePoint, cell_label, fronts, hypervolumes
+from moesaic.report.columns import Quality
+from moesaic.report.front import FRONT_KEYS, ReferencePoint, cell_label, hypervolumes
 from moesaic.report.gaps import visible_limit
 from moesaic.report.palette import RUNG_MARKS, candidate_marks
+from moesaic.report.results import Results
 from moesaic.report.summary import CELL_KEYS, DENSE_METHODS, deployed, in_reading_order, summarise_points
 
 __all__ = ["payload"]
@@ -31,35 +32,35 @@ _POINT_FIELDS = {
 }
 
 
-def payload(
-    table: pd.DataFrame, gaps: pd.DataFrame, *, quality: Quality, gap_quality: Quality, reference: ReferencePoint
-) -> dict[str, Any]:
-    """JSON-able content of the page. `quality` is shown first; `gaps` is `gap_table(table, gap_quality)`."""
-    shown = [one for one in qualities(table.columns) if table[one.column].notna().any()]
-    by_quality = {one.name: fronts(table, one) for one in shown}
-    cells = _cells(by_quality.values())
+def payload(results: Results) -> dict[str, Any]:
+    """JSON-able content of the page."""
+    table, shown = results.runs.table, results.qualities
+    cells = _cells(results.fronts.values())
     untimed = in_reading_order(deployed(summarise_points(table)))
-    points = _points(by_quality, cells, shown) + [_point(row, None, shown) for row in _records(untimed)]
+    points = _points(results.fronts, cells, shown) + [_point(row, None, shown) for row in _records(untimed)]
     settings = table.drop_duplicates("setting")
+    corner = results.reference
     return {
         "settings": [str(name) for name in settings["setting"]],
-        "models": {str(row["setting"]): str(row["model"]) for row in _records(settings)},
+        "models": {str(row["setting"]): str(row["model"]) for row in _records(settings[["setting", "model"]])},
         "cells": [{"id": number, **cell} for number, cell in enumerate(cells.values())],
         "qualities": [_quality(one) for one in shown],
-        "quality": quality.name,
+        "quality": results.quality.name,
         "labels": list(dict.fromkeys(untimed["label"])),
         "styles": {
             label: {"light": mark.light, "dark": mark.dark, "symbol": mark.symbol}
-            for label, mark in candidate_marks(by_quality[quality.name], untimed).items()
+            for label, mark in candidate_marks(results.candidates, untimed).items()
         },
         "points": points,
-        "volumes": _volumes(by_quality, cells, shown, reference),
-        "reference": f"reference: quality {reference.quality_cost:g}× and time {reference.latency_ratio:g}× of dense",
+        "volumes": _volumes(results.fronts, cells, shown, corner),
+        "reference": f"reference: quality {corner.quality_cost:g}× and time {corner.latency_ratio:g}× of dense",
         "rungs": [
             {"rung": r.rung, "label": r.label, "light": r.mark.light, "dark": r.mark.dark, "symbol": r.mark.symbol}
             for r in RUNG_MARKS
         ],
-        "gaps": [_gaps(str(model), rows, gap_quality) for model, rows in gaps.groupby("model", sort=False)],
+        "gaps": [
+            _gaps(str(model), rows, results.gap_quality) for model, rows in results.gaps.groupby("model", sort=False)
+        ],
     }
 
 
@@ -71,7 +72,7 @@ def _cell_key(row: Mapping[str, Any]) -> tuple[Any, ...]:
     return tuple(None if pd.isna(row[key]) else row[key] for key in FRONT_KEYS)
 
 
-def _cells(candidates: Sequence[pd.DataFrame] | Any) -> dict[tuple[Any, ...], dict[str, Any]]:
+def _cells(candidates: Iterable[pd.DataFrame]) -> dict[tuple[Any, ...], dict[str, Any]]:
     """Every timed cell: its key to setting, label and machine; prefill first, then by batch."""
     columns = ["machine", *FRONT_KEYS]
     known = pd.concat([frame[columns] for frame in candidates]).drop_duplicates(list(FRONT_KEYS))

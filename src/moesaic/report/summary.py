@@ -22,8 +22,10 @@ __all__ = [
     "failures",
     "in_reading_order",
     "mean_interval",
+    "own_timings",
     "summarise",
     "summarise_points",
+    "usable_points",
 ]
 
 POINT_KEYS = (
@@ -58,14 +60,28 @@ _COST = (
 _LANGUAGE = ("nats_per_token", "perplexity", "bits_per_byte")
 
 
+def usable_points(table: pd.DataFrame) -> pd.DataFrame:
+    """One row per experiment, arm and budget that has a result; speed columns are those of one cell, if any."""
+    return _usable(table).drop_duplicates(["identity", "arm", "budget"])
+
+
+def own_timings(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows with a result that time the model's own routing, or nothing.
+
+    Where a cell was timed with several executors, the first one listed counts: it is the one to be deployed.
+    """
+    usable = _usable(table)
+    own = usable[usable["control"].isna() | (usable["control"] == "own")]
+    return own.drop_duplicates(["identity", "arm", "budget", *CELL_KEYS])
+
+
 def summarise(table: pd.DataFrame) -> pd.DataFrame:
-    """Seed means per configuration, arm, budget and speed cell, of points that did not fail.
+    """Seed means per configuration, arm, budget and speed cell, of points that have a result.
 
     Times are of the model's own routing; the mean ratio with all blocks active stands beside it in
     `all_blocks_ratio` where it was measured.
     """
-    usable = table[table["failure_reason"].isna()]
-    own = usable[usable["control"].isna() | (usable["control"] == "own")]
+    own, usable = own_timings(table), _usable(table)
     keys = [*POINT_KEYS, *PLACE_KEYS, *CELL_KEYS]
     means = _seed_means(own, keys, [*_quality(table), *_COST, "ratio", *_SPEED])
     means = _timing_interval(means, own, keys)
@@ -76,9 +92,7 @@ def summarise(table: pd.DataFrame) -> pd.DataFrame:
 
 def summarise_points(table: pd.DataFrame) -> pd.DataFrame:
     """Seed means of quality and cost per configuration, arm and budget, whether or not the point was timed."""
-    usable = table[table["failure_reason"].isna()]
-    once = usable.drop_duplicates(["identity", "arm", "budget"])
-    return _seed_means(once, list(POINT_KEYS), [*_quality(table), *_COST])
+    return _seed_means(usable_points(table), list(POINT_KEYS), [*_quality(table), *_COST])
 
 
 def deployed(means: pd.DataFrame) -> pd.DataFrame:
@@ -109,10 +123,15 @@ def mean_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, 
 
 
 def failures(table: pd.DataFrame) -> pd.DataFrame:
-    """The points that have no result: experiment, seed, label, arm, budget, reason and message."""
+    """The points of which something failed: experiment, seed, label, arm, budget, reason and message."""
     columns = ["experiment", "seed", "model", "label", "arm", "budget", "failure_reason", "failure_message"]
     failed = table[table["failure_reason"].notna()]
     return failed.drop_duplicates(["identity", "arm", "budget"])[columns].reset_index(drop=True)
+
+
+def _usable(table: pd.DataFrame) -> pd.DataFrame:
+    # A point whose timing failed keeps its quality.
+    return table[table["failure_reason"].isna() | table["nats_per_token"].notna()]
 
 
 def _quality(table: pd.DataFrame) -> list[str]:

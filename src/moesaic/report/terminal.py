@@ -12,9 +12,9 @@ from rich.table import Table
 from rich.text import Text
 
 from moesaic.report import format as fmt
-from moesaic.report.columns import Quality, qualities
+from moesaic.report.columns import Quality
 from moesaic.report.front import cell_label
-from moesaic.report.load import LoadedRuns
+from moesaic.report.results import Results
 from moesaic.report.summary import CELL_KEYS, deployed, failures, in_reading_order, summarise_points
 from moesaic.report.write import ReportFiles
 
@@ -25,13 +25,26 @@ _WIDE = 112  # characters; in a narrower terminal a point takes three lines
 _LONGEST_KNOB = 5  # a longer name would widen the whole table; the page shows it
 
 
-def results_tables(table: pd.DataFrame, candidates: pd.DataFrame, quality: Quality, *, width: int = 120) -> list[Table]:
-    """One rich table per setting, for a terminal of `width` characters. `candidates`: what `fronts` gives.
+def print_results(console: Console, results: Results) -> None:
+    """Print one table per setting, then what failed and what was skipped."""
+    for table in results_tables(results, width=console.width):
+        console.print(table)
+    for row in failures(results.runs.table).to_dict("records"):
+        name = f"{row['label']} {fmt.budget('', row['budget'])} ({row['arm']}, seed {row['seed']})"
+        console.print(f"failed: {name}: {row['failure_reason']}", style="yellow", markup=False)
+    for stage in results.runs.failed_stages:
+        console.print(f"failed: {stage.path}: {stage.reason}", style="yellow", markup=False)
+    for entry in results.runs.skipped:
+        console.print(f"skipped: {entry.path}: {entry.reason}", style="yellow", markup=False)
+
+
+def results_tables(results: Results, *, width: int) -> list[Table]:
+    """One rich table per setting, for a terminal of `width` characters.
 
     Each phase is shown at its smallest batch; the other cells are in the report.
     """
-    narrow = width < _WIDE
-    extra = [found for found in qualities(table.columns) if found.maximise and found != quality][:1]
+    table, candidates = results.runs.table, results.candidates
+    extra = [found for found in results.qualities if found.maximise and found != results.quality][:1]
     settings = table[["model", "setting"]].drop_duplicates().to_dict("records")
     points = in_reading_order(deployed(summarise_points(table)))
     tables = []
@@ -39,21 +52,8 @@ def results_tables(table: pd.DataFrame, candidates: pd.DataFrame, quality: Quali
         mine = candidates[candidates["setting"] == names["setting"]]
         if len(mine) or len(settings) == 1:
             rows = points[points["model"] == names["model"]]
-            tables.append(_table(str(names["setting"]), rows, mine, [quality, *extra], narrow))
+            tables.append(_table(str(names["setting"]), rows, mine, [results.quality, *extra], width < _WIDE))
     return tables
-
-
-def print_results(console: Console, runs: LoadedRuns, candidates: pd.DataFrame, quality: Quality) -> None:
-    """Print the tables, then what failed and what was skipped."""
-    for table in results_tables(runs.table, candidates, quality, width=console.width):
-        console.print(table)
-    for row in failures(runs.table).to_dict("records"):
-        name = f"{row['label']} {fmt.budget('', row['budget'])} ({row['arm']}, seed {row['seed']})"
-        console.print(f"no result: {name}: {row['failure_reason']}", style="yellow", markup=False)
-    for stage in runs.failed_stages:
-        console.print(f"failed: {stage.path}: {stage.reason}", style="yellow", markup=False)
-    for entry in runs.skipped:
-        console.print(f"skipped: {entry.path}: {entry.reason}", style="yellow", markup=False)
 
 
 def print_files(console: Console, files: ReportFiles) -> None:

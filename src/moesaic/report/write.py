@@ -5,15 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import pandas as pd
-
-from moesaic.report.columns import Quality, find_quality
 from moesaic.report.figures import draw_fronts, save_png
-from moesaic.report.front import ReferencePoint, fronts
 from moesaic.report.gap_figure import draw_gaps
-from moesaic.report.gaps import gap_table
 from moesaic.report.html import render
-from moesaic.report.load import LoadedRuns
+from moesaic.report.results import Results
 from moesaic.runs.atomic import open_atomic, write_text_atomic
 
 __all__ = ["ReportFiles", "write_report"]
@@ -30,9 +25,7 @@ class ReportFiles:
     csv: Path
 
 
-def write_report(
-    runs: LoadedRuns, out: Path, *, quality: Quality, reference: ReferencePoint | None = None
-) -> ReportFiles:
+def write_report(results: Results, out: Path) -> ReportFiles:
     """Write report.html, pareto.png, gaps.png, table.parquet and table.csv into `out`, each in one step.
 
     Raises: OSError from the disk.
@@ -46,17 +39,9 @@ def write_report(
         csv=out / "table.csv",
     )
     with open_atomic(paths.parquet) as file:
-        runs.table.to_parquet(file, index=False)
-    write_text_atomic(paths.csv, runs.table.to_csv(index=False))
-    gap_quality = _gap_quality(runs.table, quality)
-    gaps = gap_table(runs.table, gap_quality)
-    save_png(draw_fronts(fronts(runs.table, quality), quality), paths.pareto)
-    save_png(draw_gaps(gaps, gap_quality), paths.gaps)
-    page = render(runs, gaps, quality=quality, gap_quality=gap_quality, reference=reference or ReferencePoint())
-    write_text_atomic(paths.page, page)
+        results.runs.table.to_parquet(file, index=False)
+    write_text_atomic(paths.csv, results.runs.table.to_csv(index=False))
+    save_png(draw_fronts(results.candidates, results.quality), paths.pareto)
+    save_png(draw_gaps(results.gaps, results.gap_quality), paths.gaps)
+    write_text_atomic(paths.page, render(results))
     return paths
-
-
-def _gap_quality(table: pd.DataFrame, quality: Quality) -> Quality:
-    """Loss in nats, whose differences add up; the front's own quality where no loss was measured."""
-    return find_quality("nats_per_token", table.columns) if table["nats_per_token"].notna().any() else quality
