@@ -4,15 +4,17 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     CONFIG_MAPPING,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForSeq2SeqLM,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
 )
 
-__all__ = ["CAUSAL_FAMILIES", "TOY_CONTEXT", "TOY_FAMILIES", "TOY_VOCAB", "TOY_WIDTH", "tiny_model"]
+__all__ = ["CAUSAL_FAMILIES", "TOY_CONTEXT", "TOY_FAMILIES", "TOY_VOCAB", "TOY_WIDTH", "tiny_model", "tiny_tokenizer"]
 
 TOY_VOCAB = 64
 TOY_CONTEXT = 64
@@ -102,6 +104,15 @@ def tiny_model(family: str, *, seed: int = 0, **config_overrides: Any) -> PreTra
                 model = from_config(CONFIG_MAPPING[model_type](**{**kwargs, **config_overrides}))
             return _randomise(model, seed).eval()
     raise ValueError(f"no toy named {family!r}; there are {', '.join(TOY_FAMILIES)}")
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """64 words `w1 w2 ...` split at spaces; number 0 is `<s>`, which also ends, pads and stands for the unknown."""
+    vocabulary = {"<s>": 0, **{f"w{i}": i for i in range(1, TOY_VOCAB)}}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<s>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    special = {f"{role}_token": "<s>" for role in ("bos", "eos", "pad", "unk")}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
 
 
 def _randomise(model: PreTrainedModel, seed: int) -> PreTrainedModel:

@@ -5,25 +5,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from toys import TOY_VOCAB, tiny_model
-from transformers import PreTrainedTokenizerFast
+from toys import tiny_model, tiny_tokenizer
 
 from moesaic.backbones.base import BackboneError
 from moesaic.backbones.pretrained import Pretrained
 from moesaic.backbones.source import POINTER, load_backbone
 
 
-def words() -> PreTrainedTokenizerFast:
-    vocabulary = {"<s>": 0, **{f"w{i}": i for i in range(1, TOY_VOCAB)}}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<s>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="<s>", unk_token="<s>")
-
-
 def saved(folder: Path, family: str = "llama") -> Path:
     tiny_model(family).save_pretrained(folder)
-    words().save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
     return folder
 
 
@@ -61,7 +52,7 @@ def test_any_model_folder_loads_without_a_pointer(tmp_path: Path) -> None:
 
 def test_dtype_is_the_files_own_unless_chosen(tmp_path: Path) -> None:
     tiny_model("llama").bfloat16().save_pretrained(tmp_path / "model")
-    words().save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
     own = Pretrained(name="toy", path=str(tmp_path / "model"))
     wide = Pretrained(name="toy", path=str(tmp_path / "model"), dtype="float32")
     assert load_backbone(materialised(own, tmp_path / "a"))[0].dtype == torch.bfloat16
