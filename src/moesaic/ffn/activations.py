@@ -30,9 +30,10 @@ def activation_name(function: Callable[[Tensor], Tensor]) -> str:
 
 
 def _values(function: Callable[[Tensor], Tensor]) -> Tensor:
-    # On the CPU even under `torch.device("meta")`: activations hold no tensors.
+    # On the CPU even under `torch.device("meta")` (activations hold no tensors), and in float32 even while transformers
+    # loads a bfloat16 model with that as the default dtype.
     with torch.no_grad():
-        return function(torch.linspace(-20, 20, 401, device="cpu"))
+        return function(torch.linspace(-20, 20, 401, dtype=torch.float32, device="cpu"))
 
 
 @cache

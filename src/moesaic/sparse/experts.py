@@ -5,6 +5,7 @@ Shapes: T tokens, D model dim, F neurons (B * S), B blocks, S neurons per block,
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -147,17 +148,17 @@ class Experts(nn.Module):
 
     def rows(self, start: int = 0, stop: int | None = None) -> BlockRows:
         """Blocks start..stop-1 (all by default) as rows: views, no copies."""
-        blocks = slice(start, stop)
-        return BlockRows(*(None if w is None else w[blocks].flatten(0, 1) for w in self._weights()))
+        return self._rows(lambda w: w[start:stop].flatten(0, 1))
 
     def rows_by_block(self) -> list[BlockRows]:
         """The rows of each block: views. One unbind per weight, so that backward does not grow as B squared."""
-        columns = [[None] * self.num_blocks if w is None else w.unbind(0) for w in self._weights()]
+        weights = (self.gate_BSD, self.up_BSD, self.down_BSD, self.gate_bias_BS, self.up_bias_BS)
+        columns = [[None] * self.num_blocks if w is None else w.unbind(0) for w in weights]
         return [BlockRows(*rows) for rows in zip(*columns, strict=True)]
 
     def copy_rows(self, block_U: Tensor) -> BlockRows:
         """The rows of the blocks `block_U` (int64), copied together in that order."""
-        return BlockRows(*(None if w is None else w.index_select(0, block_U).flatten(0, 1) for w in self._weights()))
+        return self._rows(lambda w: w.index_select(0, block_U).flatten(0, 1))
 
     def hidden(self, x_TD: Tensor, rows: BlockRows) -> Tensor:
         """Hidden units (T, R) of `rows`, what `project` multiplies with."""
@@ -195,8 +196,14 @@ class Experts(nn.Module):
         kind = "gated" if self.gated else "plain"
         return f"num_blocks={self.num_blocks}, block_size={self.block_size}, dim={self.dim}, {kind}"
 
-    def _weights(self) -> tuple[Tensor | None, ...]:
-        return self.gate_BSD, self.up_BSD, self.down_BSD, self.gate_bias_BS, self.up_bias_BS
+    def _rows(self, pick: Callable[[Tensor], Tensor]) -> BlockRows:
+        return BlockRows(
+            gate_RD=None if self.gate_BSD is None else pick(self.gate_BSD),
+            up_RD=pick(self.up_BSD),
+            down_RD=pick(self.down_BSD),
+            gate_bias_R=None if self.gate_bias_BS is None else pick(self.gate_bias_BS),
+            up_bias_R=None if self.up_bias_BS is None else pick(self.up_bias_BS),
+        )
 
 
 def block_order(block_F: Tensor) -> tuple[Tensor, int]:

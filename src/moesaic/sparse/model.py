@@ -217,7 +217,7 @@ def convert_model(
     config.moesaic = to_plain(saved)
     for module in dense_model.modules():
         if getattr(module, "config", None) is dense_config:
-            module.config = config
+            module.config = config  # type: ignore[assignment]
     # Changing the class keeps every tensor, hook and attribute where it is; building a second model would not.
     dense_model.__class__ = model_class
     return dense_model
@@ -252,7 +252,7 @@ def _config_class(base: str) -> type[PreTrainedConfig]:
         },
     )
     _bind(config_class)
-    AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+    AutoConfig.register(_PREFIX + base, config_class, exist_ok=True)
     return config_class
 
 
