@@ -158,12 +158,13 @@ def _spread_centroids(point_FD: Tensor, num_blocks: int, generator: Generator) -
     """k-means++ with several candidates per centroid, of which the best is kept (as in scikit-learn)."""
     num_points, trials = len(point_FD), 2 + int(math.log(num_blocks))
     chosen = [int(torch.randint(num_points, (), generator=generator))]
-    nearest_F = _distance(point_FD, point_FD[chosen])[:, 0]
+    square_F1 = torch.linalg.vector_norm(point_FD, dim=1, keepdim=True).square()
+    nearest_F = (_cost(point_FD, point_FD[chosen]) + square_F1)[:, 0]
     while len(chosen) < num_blocks:
         # Draws happen on the CPU so that a seed means the same on every device; the floor serves all-equal points.
         weight_F = nearest_F.double().clamp(min=1e-12).cpu()
         candidates = torch.multinomial(weight_F, trials, replacement=True, generator=generator)
-        candidate_FC = _distance(point_FD, point_FD[candidates]).minimum(nearest_F[:, None])
+        candidate_FC = (_cost(point_FD, point_FD[candidates]) + square_F1).minimum(nearest_F[:, None])
         winner = int(candidate_FC.sum(0, dtype=torch.float64).argmin())
         nearest_F = candidate_FC[:, winner]
         chosen.append(int(candidates[winner]))
@@ -188,10 +189,6 @@ def _means(point_FD: Tensor, block_F: Tensor, num_blocks: int) -> Tensor:
 def _cost(point_FD: Tensor, centroid_BD: Tensor) -> Tensor:
     """Squared distances less the squared length of each point, which is the same for all blocks."""
     return torch.addmm(centroid_BD.square().sum(1), point_FD, centroid_BD.mT, alpha=-2.0)
-
-
-def _distance(point_FD: Tensor, centroid_CD: Tensor) -> Tensor:
-    return (_cost(point_FD, centroid_CD) + point_FD.square().sum(1, keepdim=True)).clamp(min=0.0)
 
 
 def _sum_of_squares(rows_FD: Tensor) -> Tensor:
