@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import pandas as pd
+from transformers.utils.logging import disable_progress_bar
 
 from moesaic.app.plan import Plan, Point
 from moesaic.app.schema import MoesaicConfig
@@ -31,8 +32,7 @@ def check(config: MoesaicConfig) -> None:
             config.method.check_width(width)
         except ValueError as error:
             raise ConfigError(f"method.{error}") from error
-    for name, task in config.evaluate.tasks.items():
-        task.check(f"evaluate.tasks.{name}")
+    config.evaluate.check()
 
 
 def plan_experiment(config: MoesaicConfig) -> list[StageState]:
@@ -50,6 +50,7 @@ def run_experiment(config: MoesaicConfig, plain: dict[str, Any]) -> Path:
     a stage that every point needs is raised.
     """
     check(config)
+    disable_progress_bar()  # stages tell how far they are; a bar for every file loaded is noise
     plan, store = Plan(config), Store(config.paths.runs)
     store.ensure(plan.reference)
     points = list(plan.points())

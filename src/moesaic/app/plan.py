@@ -120,9 +120,7 @@ class Plan:
     def evaluation(self, point: Point) -> Stage:
         """Quality and cost of `point`."""
         calibration = self.calibration if point.arm in ("oracle_router", "random_router") else None
-        return stages.evaluate(
-            self.config, point.arm, point.budget, point.model, self.backbone, self.tokens("heldout"), calibration
-        )
+        return stages.evaluate(self.config, point.arm, point.budget, point.model, self.tokens("heldout"), calibration)
 
     def timing(self, point: Point) -> Stage:
         """Speed of `point`, interleaved with the dense backbone."""

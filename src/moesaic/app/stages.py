@@ -183,7 +183,6 @@ def evaluate(
     arm: Arm,
     budget: float | None,
     model: Stage,
-    dense: Stage,
     heldout: Stage,
     calibration: Stage | None,
 ) -> Stage:
@@ -194,15 +193,15 @@ def evaluate(
     def compute(folder: Path, parents: Folders) -> None:
         net, tokenizer = load_any(parents[0])
         if isinstance(method, SparseMethod) and sparse_layers(net):
-            cached = Calibration.load(parents[3]) if calibration is not None else None
+            cached = Calibration.load(parents[2]) if calibration is not None else None
             apply_arm(net, arm, method, cast(float, budget), cached, config.seed)
-        split = TokenSplit.load(parents[2])
+        split = TokenSplit.load(parents[1])
         label = f"{arm} {_label(method.name, budget)}"
         result: dict[str, Any] = {}
         with ProgressLine(f"perplexity {label}", None) as line, count_routing(net) as counts:
             loss = perplexity(net, split, **asdict(settings.perplexity), progress=lambda done, _: line.update(done))
         blocks_L = counts.mean_blocks_L() if sparse_layers(net) else None
-        reference = read_anatomy(load_any(parents[1])[0], config.backbone.ffn)
+        reference = read_anatomy(config.backbone.skeleton(), config.backbone.ffn)
         result["cost"] = cost_record(reference, read_anatomy(net, config.backbone.ffn), blocks_L=blocks_L)
         if sparse_layers(net):
             result["routing"] = {
@@ -237,7 +236,7 @@ def evaluate(
     if isinstance(method, SparseMethod) and arm != "dense":
         counted |= {"select": method.select, "seed": config.seed}
         counted |= {"oracle": method.oracle} if arm == "oracle_router" else {}
-    parents = (model, dense, heldout) if calibration is None else (model, dense, heldout, calibration)
+    parents = (model, heldout) if calibration is None else (model, heldout, calibration)
     label = "dense" if arm == "dense" else f"{_label(method.name, budget)}-{arm}"
     return Stage(name="evaluate", label=label, config=counted, parents=parents, compute=compute)
 

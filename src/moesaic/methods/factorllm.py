@@ -44,7 +44,8 @@ class LabelRouters(Phase):
     `criterion`: which k blocks a token should use: `pa` (each block alone against the dense output scaled by
     1 / (B // k)), `pa_unscaled`, `subset_oracle` (the k blocks whose sum is nearest the dense output), `output_norm`,
     `l1`. `loss`: `kl_student_teacher` (as published, target softmax of the label mask), `cross_entropy` to the
-    mask / k, or `bce`. `confidence_weight` is the published L_bal, which penalises confidence and does not balance load.
+    mask / k, or `bce`. `confidence_weight` weighs the published L_bal, which penalises
+    confidence and does not balance load.
     """
 
     fit: FitConfig
@@ -229,7 +230,8 @@ def fit_scales(model: PreTrainedModel, calibration: Calibration, *, max_tokens: 
     """Set the scales that are found on data: `fitted` to s*(layer, k) for every k, `learned` to its start.
 
     s* = sum <Y, Y_S> / sum ||Y_S||^2 over calibration tokens, with Y the dense output and Y_S the sum of the blocks
-    that the present router chooses. Valid while blocks are slices of the dense FFN; layers with another rule are left alone.
+    that the present router chooses. Valid while blocks are slices of the dense FFN; layers with another rule are left
+    alone.
     """
     for index, layer in enumerate(sparse_layers(model)):
         scale_X, learned = layer.combine.scale_X, layer.combine.scale

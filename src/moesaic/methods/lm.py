@@ -67,7 +67,7 @@ def fit_language_model(module: pl.LightningModule, job: AdaptJob, config: FitCon
     """Fit `module` on the adaptation tokens; the facts that go into the record."""
     batches = TokenBatches(job.tokens.blocks(job.context), batch_size=config.batch_size, seed=job.seed)
     result = fit(module, batches, config, folder=job.folder, label=label)
-    module.eval()
+    module.eval().float()
     return {
         "tokens": result.tokens,
         "steps": result.steps,

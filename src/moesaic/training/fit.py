@@ -40,7 +40,7 @@ class FitConfig:
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
     clip_norm: float | None = 1.0  # global gradient norm, clipped after backward; None: no clipping
-    precision: Literal["32-true", "bf16-mixed"] = "32-true"
+    precision: Literal["32-true", "bf16-mixed", "bf16-true"] = "32-true"  # bf16-true: bfloat16 weights, too
     strategy: str = "auto"  # auto: one device; otherwise a Lightning strategy name (ddp, fsdp, ...) on all devices
     accumulate: int = 1  # batches whose gradients are averaged into one step
     # These two decide only when files are written, never a weight.
@@ -97,7 +97,7 @@ def fit(module: LightningModule, batches: Batches, cfg: FitConfig, *, folder: Pa
     return run(module, batches, cfg, folder=folder, label=label)
 
 
-def optimizer_of(parameters: Iterable[Tensor] | Iterable[dict[str, Any]], cfg: FitConfig) -> dict[str, Any]:
+def optimizer_of(parameters: Iterable[Tensor] | Iterable[dict[str, Any]], cfg: FitConfig) -> Any:
     """What `LightningModule.configure_optimizers` returns: the optimizer and its per-step schedule.
 
     `parameters` are tensors, of which matrices decay and vectors (biases, norms) do not, or optimizer groups: dicts of
