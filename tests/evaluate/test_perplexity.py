@@ -121,7 +121,7 @@ def test_nan_is_an_error_not_a_number() -> None:
 
 @pytest.mark.parametrize("family", ["bert", "t5"])
 def test_other_models_are_refused(family: str) -> None:
-    with pytest.raises(ValueError, match="needs a causal .*Choose a causal backbone"):
+    with pytest.raises(ValueError, match=r"needs a causal .*Choose a causal backbone"):
         perplexity(tiny_model(family), split_of(4), context=4, batch_size=1)
 
 

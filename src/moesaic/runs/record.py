@@ -124,7 +124,7 @@ class Quality:
 
     nats_per_token: float
     perplexity: float
-    bits_per_byte: float
+    bits_per_byte: float | None  # None where no document was scored whole
     tasks: dict[str, TaskScore] = field(default_factory=dict)
 
 
@@ -160,7 +160,9 @@ class Speed:
     """One timing: dense and sparse interleaved, their ratio with its interval, and the ideal ratio beside it.
 
     `tokens` is the prompt's length (prefill) or the number generated (decode); `context` is what lies in the KV cache
-    when decoding starts. `control`: whose routing ran, the model's own, all blocks, or forced balance.
+    when decoding starts. `control`: whose routing ran, the model's own, all blocks, or forced balance. `beats_ideal`:
+    the whole interval is better than the ideal, which needs explaining; what the dense arm reached stands beside it.
+    `active_block_frac` is of all (token, block) pairs of one call, `union_block_frac` of all blocks.
     """
 
     phase: Literal["prefill", "decode"]
@@ -177,6 +179,11 @@ class Speed:
     executor: str
     control: Literal["own", "all_blocks", "balanced"]
     samples_file: str | None = None
+    beats_ideal: bool = False
+    dense_gb_per_s: float | None = None
+    dense_tflop_per_s: float | None = None
+    active_block_frac: float | None = None
+    union_block_frac: float | None = None
 
     def __post_init__(self) -> None:
         if not 0 < self.ratio_low <= self.ratio <= self.ratio_high:

@@ -1,0 +1,159 @@
+"""What a live model is made of, as far as its cost goes: FFN layers, routers, other matrices, attention.
+
+Shapes: D model dim, B blocks, S neurons per block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from moesaic.ffn.dense import DenseFFN
+from moesaic.ffn.families import FFNPattern
+from moesaic.ffn.sites import find_ffns
+from moesaic.sparse.layer import SparseFFN, sparse_layers
+
+__all__ = ["Anatomy", "Attention", "FFNLayer", "Matrix", "read_anatomy"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Matrix:
+    """A weight that every token is multiplied with: `parameters` numbers in `nbytes` bytes."""
+
+    parameters: int
+    nbytes: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FFNLayer:
+    """One FFN of `num_blocks` blocks (1 for a dense one): what one block holds, and what the router holds.
+
+    `block_flops` is what one block multiplies for one token, `router_flops` what the router does for one token.
+    """
+
+    num_blocks: int
+    block_neurons: int
+    block: Matrix
+    block_flops: int
+    router: Matrix
+    router_flops: int
+
+    @property
+    def neurons(self) -> int:
+        """F, of all blocks."""
+        return self.num_blocks * self.block_neurons
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Attention:
+    """Sizes of the attention products: `width` = heads * head_dim; one cached token takes `cache_bytes` per layer."""
+
+    layers: int
+    width: int
+    cache_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Anatomy:
+    """A model's cost-bearing parts: FFNs, the other matrices of its layers (`body`), the output matrix (`head`).
+
+    `parameters_total` counts every parameter once, embeddings, norms and routers included.
+    """
+
+    ffns: tuple[FFNLayer, ...]
+    body: Matrix
+    head: Matrix
+    attention: Attention
+    parameters_total: int
+
+
+def read_anatomy(model: PreTrainedModel, pattern: FFNPattern | None = None) -> Anatomy:
+    """The anatomy of a dense or sparse model; `pattern` says where an unknown family has its FFNs.
+
+    Norms, embeddings look-ups and biases outside the FFNs are left out: they are no matrix products. In an
+    encoder-decoder a token is counted as passing both stacks.
+    """
+    layers = sparse_layers(model)
+    if layers:
+        ffns = tuple(_sparse_ffn(layer) for layer in layers)
+        inside = {id(module) for layer in layers for module in layer.modules()}
+    else:
+        ffns, inside = _dense_ffns(model, pattern)
+    head = model.get_output_embeddings()
+    others = [module for module in _products(model) if id(module) not in inside and module is not head]
+    return Anatomy(
+        ffns=ffns,
+        body=_matrix(*(module.weight for module in others)),
+        head=_matrix(*([] if head is None else [head.weight])),
+        attention=_attention(model),
+        parameters_total=sum(parameter.numel() for parameter in model.parameters()),
+    )
+
+
+def _sparse_ffn(layer: SparseFFN) -> FFNLayer:
+    """Everything beside the blocks counts as router: what the score holds, and the mean outputs of the combination."""
+    whole = _ffn_layer(layer.experts.dense_ffn(), layer.experts.num_blocks)
+    parts = [layer.combine] if layer.score is None else [layer.score, layer.combine]
+    held = [weight for part in parts for weight in (*part.parameters(), *part.buffers()) if weight.is_floating_point()]
+    return replace(whole, router=_matrix(*held), router_flops=_router_flops(layer))
+
+
+def _ffn_layer(ffn: DenseFFN, num_blocks: int) -> FFNLayer:
+    matrices = [weight for weight in (ffn.gate_FD, ffn.up_FD, ffn.down_FD) if weight is not None]
+    biases = [bias for bias in (ffn.gate_bias_F, ffn.up_bias_F) if bias is not None]
+    whole = _matrix(*matrices, *biases)
+    return FFNLayer(
+        num_blocks=num_blocks,
+        block_neurons=ffn.width // num_blocks,
+        block=Matrix(parameters=whole.parameters // num_blocks, nbytes=whole.nbytes // num_blocks),
+        block_flops=2 * _matrix(*matrices).parameters // num_blocks,
+        router=_matrix(),
+        router_flops=0,
+    )
+
+
+def _router_flops(layer: SparseFFN) -> int:
+    """Multiplied for one token beside its blocks: counted while it runs, which holds for any score, oracles too."""
+    weight = layer.experts.up_BSD
+    x_TD = torch.ones(1, layer.experts.dim, dtype=weight.dtype, device=weight.device)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        routing, _ = layer.route(x_TD)
+        layer.combine.fill(routing)
+    return int(counter.get_total_flops())
+
+
+def _dense_ffns(model: PreTrainedModel, pattern: FFNPattern | None) -> tuple[tuple[FFNLayer, ...], set[int]]:
+    sites = find_ffns(model, pattern)
+    parts = [f"{site.name}.{part}" for site in sites for part in site.pattern.linears.values()]
+    return tuple(_ffn_layer(site.read(), 1) for site in sites), {id(model.get_submodule(part)) for part in parts}
+
+
+def _products(model: PreTrainedModel) -> Iterator[nn.Linear | Conv1D]:
+    for module in model.modules():
+        if isinstance(module, nn.Linear | Conv1D):
+            yield module
+
+
+def _attention(model: PreTrainedModel) -> Attention:
+    config = model.config.get_text_config()
+    heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    return Attention(
+        layers=config.num_hidden_layers,
+        width=heads * head_dim,
+        cache_bytes=2 * kv_heads * head_dim * model.dtype.itemsize,
+    )
+
+
+def _matrix(*weights: torch.Tensor) -> Matrix:
+    return Matrix(
+        parameters=sum(weight.numel() for weight in weights),
+        nbytes=sum(weight.numel() * weight.element_size() for weight in weights),
+    )
