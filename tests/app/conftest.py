@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from moesaic.data.tokenizer import train_bpe
 
-WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "then", "the", "dog", "ran", "to", "the", "red", "house", "by", "the", "sea", "while", "it", "was", "dark"]
+WORDS = tuple("the cat sat on a mat and then the dog ran to the red house by the sea while it was dark".split())  # noqa: SIM905
 
 
 def story(seed: int) -> str:

@@ -109,9 +109,10 @@ def prepare(config: MoesaicConfig, backbone: Stage, tokens: Stage) -> Stage:
 
     def compute(folder: Path, parents: Folders) -> None:
         model, tokenizer = load_backbone(parents[0])
+        dtype = model.dtype
         job = _adapt_job(config, model.float(), parents[1], None, folder, f"prepare {config.method.name}")
         facts = change.run(job)
-        save_model(job.model, tokenizer, folder, facts)
+        save_model(job.model.to(dtype), tokenizer, folder, facts)
 
     counted = {"prepare": change, "context": config.adapt.context, "seed": config.seed}
     parents = (backbone, tokens)
@@ -167,8 +168,15 @@ def adapt(
             select_blocks(net, selection)
         cached = Calibration.load(parents[2]) if calibration is not None else None
         label = f"{_label(method.name, budget)} {name}"
+        dtype = net.dtype
+        # Training moves float32 weights; what is saved has the backbone's dtype again, routers excepted.
         job = _adapt_job(config, net.float(), parents[1], cached, folder, label)
-        save_model(net, tokenizer, folder, phase.run(job))
+        facts = phase.run(job)
+        net.to(dtype)
+        for layer in sparse_layers(net):
+            if layer.score is not None:
+                layer.score.float()
+        save_model(net, tokenizer, folder, facts)
 
     counted: dict[str, Any] = {"phase": phase, "budget": budget, "context": config.adapt.context, "seed": config.seed}
     if isinstance(method, SparseMethod) and phase.uses_selection:
