@@ -4,8 +4,27 @@ import math
 
 import pytest
 import torch
+from methods.toy import toy_conversion, toy_job, weights
 
-from moesaic.methods.factorllm import balance_penalty, prior_approximate_loss, router_loss
+from moesaic.methods.base import SparseMethod, select_blocks
+from moesaic.methods.factorllm import (
+    JointFinetune,
+    LabelRouters,
+    balance_penalty,
+    fit_scales,
+    frozen_copy,
+    label_blocks,
+    prior_approximate_loss,
+    router_loss,
+    teacher_distances,
+)
+from moesaic.sparse.combine import Combine
+from moesaic.sparse.labels import block_grams, pa_distances
+from moesaic.sparse.layer import sparse_layers
+from moesaic.sparse.partition import Contiguous
+from moesaic.sparse.score import Linear, SubsetOracle
+from moesaic.sparse.select import TopK
+from moesaic.training.fit import FitConfig
 
 
 def mask(*values: int) -> torch.Tensor:
@@ -65,3 +84,88 @@ def test_published_balance_penalty_measures_confidence_not_load(k):
     spread[torch.arange(6), torch.arange(6) % 4] = 50.0
     assert balance_penalty(sure, k).item() == pytest.approx(0.25, abs=1e-5)
     assert balance_penalty(spread, k).item() == pytest.approx(balance_penalty(sure, k).item())
+
+
+def factorllm(scale: str = "fitted") -> SparseMethod:
+    return SparseMethod(
+        name="factorllm",
+        partition=Contiguous(num_blocks=4),
+        score=Linear(),
+        select=TopK(k=2),
+        combine=Combine(scale=scale),
+        oracle=SubsetOracle(),
+        adapt_each_budget=True,
+        calibration_tokens=512,
+    )
+
+
+@pytest.mark.parametrize("criterion", ["pa", "pa_unscaled", "subset_oracle", "output_norm", "l1"])
+def test_the_router_phase_learns_its_labels_and_changes_nothing_else(tmp_path, criterion):
+    _, model, calibration = toy_conversion(factorllm(), tmp_path)
+    select_blocks(model, TopK(k=2))
+    before = weights(model)
+    agreed_before = agreement(model, calibration, criterion)
+    phase = LabelRouters(fit=FitConfig(steps=60, batch_size=8, lr=3e-2), criterion=criterion, loss="cross_entropy")
+    facts = phase.run(toy_job(model, calibration, tmp_path / "fit"))
+    changed = {name for name, value in weights(model).items() if not torch.equal(value, before[name])}
+    assert all(".score." in name or name.endswith("scale_X") for name in changed)
+    assert agreement(model, calibration, criterion) > agreed_before
+    assert facts["tokens"] == 0
+    assert {layer.select for layer in sparse_layers(model)} == {TopK(k=2)}
+
+
+def agreement(model, calibration, criterion) -> float:
+    """Share of labelled blocks that the routers choose, over layers and tokens."""
+    shares = []
+    for index, layer in enumerate(sparse_layers(model)):
+        x_TD = calibration.inputs_TD(index)
+        wanted_TB = label_blocks(layer.experts, x_TD, 2, criterion)
+        shares.append((wanted_TB & layer.route(x_TD)[0].active_TB()).sum().item() / wanted_TB.sum().item())
+    return sum(shares) / len(shares)
+
+
+def test_fitted_scales_minimise_the_error_of_each_k(tmp_path):
+    _, model, calibration = toy_conversion(factorllm(), tmp_path)
+    fit_scales(model, calibration)
+    layer, x_TD = sparse_layers(model)[0], calibration.inputs_TD(0)
+    dense_TD = layer.experts.dense_ffn()(x_TD)
+    assert layer.combine.scale_X[4].item() == pytest.approx(1.0, abs=1e-5)
+    for k in (1, 2, 3):
+        layer.select = TopK(k=k)
+        best = (layer(x_TD) - dense_TD).square().sum()
+        for factor in (0.98, 1.02):
+            with torch.no_grad():
+                layer.combine.scale_X[k] *= factor
+                assert (layer(x_TD) - dense_TD).square().sum() > best
+                layer.combine.scale_X[k] /= factor
+
+
+def test_a_learned_scale_starts_at_the_fitted_one(tmp_path):
+    _, fitted, calibration = toy_conversion(factorllm("fitted"), tmp_path / "a")
+    _, learned, _ = toy_conversion(factorllm("learned"), tmp_path / "b")
+    for model in (fitted, learned):
+        select_blocks(model, TopK(k=2))
+        fit_scales(model, calibration)
+    for one, other in zip(sparse_layers(fitted), sparse_layers(learned), strict=True):
+        assert other.combine.scale.item() == pytest.approx(one.combine.scale_X[2].item())
+
+
+def test_teacher_distances_of_a_frozen_teacher_equal_the_gram_form_while_blocks_are_slices(tmp_path):
+    _, model, calibration = toy_conversion(factorllm(), tmp_path)
+    experts, x_TD = sparse_layers(model)[0].experts, calibration.inputs_TD(0)
+    direct_TB = teacher_distances(experts, frozen_copy(experts), x_TD, 0.5)
+    torch.testing.assert_close(
+        direct_TB, pa_distances(block_grams(experts, x_TD), 0.5, experts.dim), atol=1e-7, rtol=1e-3
+    )
+
+
+def test_joint_training_moves_routers_and_experts_but_not_the_teacher(tmp_path):
+    _, model, calibration = toy_conversion(factorllm("floor_ratio"), tmp_path)
+    select_blocks(model, TopK(k=2))
+    before = weights(model)
+    phase = JointFinetune(fit=FitConfig(steps=4, batch_size=4, lr=1e-2), router_weight=0.05, confidence_weight=0.01)
+    phase.run(toy_job(model, calibration, tmp_path / "fit"))
+    changed = {name for name, value in weights(model).items() if not torch.equal(value, before[name])}
+    assert any(".score." in name for name in changed)
+    assert any(".experts." in name for name in changed)
+    assert all(".score." in name or ".experts." in name for name in changed)

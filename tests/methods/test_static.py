@@ -27,6 +27,7 @@ def test_a_slice_keeps_the_mean_output_of_the_dense_ffn(ffn_and_inputs):
     torch.testing.assert_close(sliced(x_TD).mean(0), ffn(x_TD).mean(0), atol=1e-6, rtol=1e-4)
 
 
+@torch.no_grad()
 def test_a_slice_keeps_the_neurons_that_add_most(ffn_and_inputs):
     ffn, x_TD = ffn_and_inputs
     size_F = [float((ffn.hidden(x_TD)[:, i : i + 1] * ffn.down_FD[i]).norm(dim=1).mean()) for i in range(ffn.width)]
