@@ -247,6 +247,7 @@ LARGE = {"dim": 2048, "width": 5632}
         ({**LARGE, "num_blocks": 4}, torch.bfloat16, 1, 0.25, False, "gather"),
         ({**LARGE, "num_blocks": 176}, torch.bfloat16, 1, 0.5, False, "gather"),
         ({**LARGE, "num_blocks": 176}, torch.bfloat16, 8, 0.25, False, "masked"),  # together they want nearly all
+        ({**LARGE, "num_blocks": 8}, torch.float32, 8, 0.25, False, "grouped"),
         ({**LARGE, "num_blocks": 8}, torch.bfloat16, 512, 0.25, False, "grouped"),
         ({**LARGE, "num_blocks": 8}, torch.bfloat16, 512, 0.25, True, "grouped"),
         ({**LARGE, "num_blocks": 8}, torch.bfloat16, 512, 1.0, False, "masked"),

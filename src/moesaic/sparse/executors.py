@@ -111,8 +111,8 @@ def choose_executor(
     share = num_assignments / max(1, num_tokens * experts.num_blocks)
     if num_tokens <= FEW_TOKENS and not grad:
         idle_share = (1 - share) ** num_tokens
-        weight_bytes = 3 * experts.up_BSD.nbytes
-        return "gather" if idle_share > 0.25 and weight_bytes >= SMALL_FFN_BYTES else "masked"
+        if idle_share > 0.25 and 3 * experts.up_BSD.nbytes >= SMALL_FFN_BYTES:
+            return "gather"
     if routed_over_dense(num_tokens, experts, share, dtype) > 0.9:
         return "masked"
     cached = num_assignments * experts.dim * dtype.itemsize < CACHE_BYTES
