@@ -5,6 +5,7 @@ import json
 import pickle
 import subprocess
 import sys
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -205,18 +206,19 @@ def test_conversion_works_in_place_without_copies() -> None:
     assert model.model.config is model.model.layers[0].self_attn.config is model.config
 
 
-def test_conversion_asks_for_one_layer_at_a_time() -> None:
+def test_conversion_frees_each_dense_ffn_before_it_asks_for_the_next_layer() -> None:
     model = tiny_model("llama")
-    sites = find_ffns(model)
-    installed_before: list[int] = []
+    dense_weights = [weakref.ref(layer.mlp.up_proj.weight) for layer in model.model.layers]
+    alive: list[list[bool]] = []
 
     def layers() -> Iterator[SparseFFN]:
         for layer in list(layers_of(tiny_model("llama"))):
-            installed_before.append(sum(isinstance(model.get_submodule(s.name), SparseFFN) for s in sites))
+            alive.append([weight() is not None for weight in dense_weights])
             yield layer
 
     convert_model(model, layers())
-    assert installed_before == [0, 1]
+    assert alive == [[True, True], [False, True]]
+    assert [weight() for weight in dense_weights] == [None, None]
 
 
 @pytest.mark.parametrize(
