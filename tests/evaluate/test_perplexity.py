@@ -53,7 +53,7 @@ def naive(model: PreTrainedModel, split: TokenSplit, context: int, stride: int) 
 @pytest.mark.parametrize("stride", [8, 3, 1])
 def test_equals_a_loop_over_tokens(model: PreTrainedModel, stride: int) -> None:
     split = split_of(5, 8, 9, 21, 1)
-    found = perplexity(model, split, context=8, stride=stride, batch_size=4)
+    found = perplexity(model, split, context=8, stride=stride, batch_size=4, start_id=SEPARATOR)
     assert [d.nll_nats for d in found.documents] == pytest.approx(naive(model, split, 8, stride), rel=1e-5)
     assert found.protocol["tokens_counted"] == 44
 
@@ -96,11 +96,14 @@ def test_means_are_weighted_by_tokens(model: PreTrainedModel) -> None:
     assert found.rows()[1] == {"document": "d1", "nll": found.documents[1].nll_nats, "tokens": 2, "bytes": 6}
 
 
-def test_the_start_token_matters_and_is_told(model: PreTrainedModel) -> None:
-    split = split_of(1)
-    default, other = (perplexity(model, split, context=4, batch_size=1, start_id=start) for start in (None, 1))
-    assert default.nats_per_token != other.nats_per_token
-    assert other.protocol["first_token"] == "scored, after start token 1"
+def test_a_document_begins_as_the_model_expects() -> None:
+    split, begins, has_none = split_of(1), tiny_model("llama"), tiny_model("llama", bos_token_id=None)
+    told = perplexity(begins, split, context=4, batch_size=1)
+    assert told.protocol["first_token"] == "scored, after start token 1"
+    assert told.nats_per_token == perplexity(has_none, split, context=4, batch_size=1, start_id=1).nats_per_token
+    fallen_back = perplexity(has_none, split, context=4, batch_size=1)
+    assert fallen_back.protocol["first_token"] == f"scored, after start token {SEPARATOR}"
+    assert fallen_back.nats_per_token != told.nats_per_token
 
 
 def test_mode_is_restored_and_progress_ends_at_the_total(model: PreTrainedModel) -> None:

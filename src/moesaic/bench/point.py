@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 import torch
 import transformers
+from torch import nn
 from transformers import PreTrainedModel
 
 from moesaic.backbones.source import ModelSource
@@ -71,4 +72,5 @@ def _load(folder: Path, config: BenchConfig) -> PreTrainedModel:
     sparse = (folder / "modeling_moesaic.py").exists()
     model = load_model(folder) if sparse else ModelSource.read(folder).model()
     dtype = model.dtype if config.dtype is None else getattr(torch, config.dtype)
-    return model.to(device=config.device, dtype=dtype)  # type: ignore[call-arg]  (transformers wraps it)
+    moved: PreTrainedModel = nn.Module.to(model, device=config.device, dtype=dtype)
+    return moved

@@ -124,15 +124,16 @@ def perplexity(
 ) -> Perplexity:
     """Losses of a causal `model` on the documents of `split`, every token given all that its window holds before it.
 
-    `start_id` is put before each document (None: the split's separator). Batches hold windows of one length, so that
-    nothing is padded; `progress` counts windows. The model's train or eval mode is restored.
+    `start_id` is put before each document (None: the model's beginning of text, without which many models fall apart,
+    or the split's separator where the model has none). Batches hold windows of one length, so that nothing is padded;
+    `progress` counts windows. The model's train or eval mode is restored.
 
     Raises: ValueError for a model that is not causal, has fewer positions than `context`, or settings out of range;
     FloatingPointError for NaN losses.
     """
     config = PerplexityConfig(context=context, stride=stride, batch_size=batch_size, max_tokens=max_tokens)
     _refuse_unfit(model, context)
-    start = split.separator_id if start_id is None else start_id
+    start = _start_of(model, split) if start_id is None else start_id
     taken = _taken(split, max_tokens)
     documents = [_tokens(split, index, count, start) for index, count in enumerate(taken)]
     windows = [
@@ -186,6 +187,11 @@ def _refuse_unfit(model: PreTrainedModel, context: int) -> None:
             f"perplexity needs a causal language model, and {type(model).__name__} is none: it has no next-token loss "
             "of whole documents. Choose a causal backbone."
         )
+
+
+def _start_of(model: PreTrainedModel, split: TokenSplit) -> int:
+    begin = model.config.get_text_config().bos_token_id
+    return begin if isinstance(begin, int) else split.separator_id
 
 
 def _taken(split: TokenSplit, max_tokens: int | None) -> list[int]:
