@@ -87,7 +87,7 @@ class Crossover:
 # Measured on 2 cores with AVX-512 (bfloat16 in hardware): gated FFNs, D 256 / F 1024 and D 2048 / F 5632, in 4..176
 # blocks, a quarter and a half of them active, 1..2048 tokens. Other dtypes use the float32 row.
 CROSSOVERS = {
-    torch.float32: Crossover(overhead_rows=32, call_macs=2e6),
+    torch.float32: Crossover(overhead_rows=32, call_macs=1.2e6),
     torch.bfloat16: Crossover(overhead_rows=64, call_macs=16e6),
 }
 FEW_TOKENS = 8  # up to here reading weights takes longer than multiplying with them
