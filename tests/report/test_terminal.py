@@ -47,3 +47,12 @@ def test_no_number_is_cut_off(tmp_path: Path, width: int) -> None:
 def test_records_without_times_still_print(tmp_path: Path) -> None:
     write_record(tmp_path, record("m", "synthetic-a", 0, [point("adapted", 8, 2.0, active=0.25)]))
     assert any("nothing was timed" in line for line in _printed(tmp_path, 120))
+
+
+def test_a_time_below_the_ideal_is_marked(tmp_path: Path) -> None:
+    speed = [cell("prefill", 1, 512, 0, ratio=0.4, ideal=0.5)]
+    write_record(tmp_path, record("m", "synthetic-a", 0, [point("adapted", 8, 2.0, active=0.25, speed=speed)]))
+    for width in (80, 130):
+        text = " ".join(" ".join(_printed(tmp_path, width)).split())
+        assert "!0.50" in text
+        assert "an error to explain" in text

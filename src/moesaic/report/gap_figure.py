@@ -14,8 +14,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 
 from moesaic.report import format as fmt
+from moesaic.report.canvas import DPI, STYLE, empty_figure
 from moesaic.report.columns import Quality
-from moesaic.report.figures import DPI, STYLE, empty_figure
 from moesaic.report.gaps import visible_limit
 from moesaic.report.palette import RUNG_MARKS, RungMark
 

@@ -132,7 +132,8 @@ def _notes(reference: ReferencePoint) -> str:
             "Time / dense is a ratio: sparse time over dense time, both measured in one process, alternating. Below 1 "
             "is faster than the dense model; 1 / ratio is the speed-up.",
             "The ideal ratio comes from the cost model with measured memory and arithmetic ceilings. The captured "
-            "share is (1 - ratio) / (1 - ideal ratio): how much of the possible saving was reached.",
+            "share is (1 - ratio) / (1 - ideal ratio): how much of the possible saving was reached. A ratio whose whole "
+            "interval beats the ideal is marked: it is an error to explain, most likely a slow dense arm.",
             "Model FLOPs / dense is counted, not timed. All blocks on is the measured ratio with nothing left out: "
             "what routing itself costs.",
             "Active FFN is the share of all FFN neurons, of all layers, that ran.",

@@ -21,6 +21,7 @@ from moesaic.report.write import ReportFiles
 __all__ = ["headline_cells", "print_files", "print_results", "results_tables"]
 
 _ON_FRONT = "●"
+_BEATS_IDEAL = "!"
 _WIDE = 112  # characters; in a narrower terminal a point takes three lines
 _LONGEST_KNOB = 5  # a longer name would widen the whole table; the page shows it
 
@@ -80,7 +81,7 @@ def _table(setting: str, points: pd.DataFrame, candidates: pd.DataFrame, shown: 
     cells = headline_cells(candidates)
     table = Table(title=setting, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
     table.padding, table.collapse_padding = (0, 1, 0, 0), True
-    table.caption, table.caption_justify = _caption(points, cells), "left"
+    table.caption, table.caption_justify = _caption(points, candidates, cells), "left"
     table.add_column("method", overflow="fold", min_width=12)
     for heading in _headings(cells, shown, narrow):
         table.add_column(heading, justify="right", no_wrap=True)
@@ -126,16 +127,20 @@ def _speed_of(candidate: Mapping[str, Any] | None, narrow: bool) -> list[str | T
     ends, ideal = fmt.interval(candidate["ratio_low"], candidate["ratio_high"]), fmt.ratio(candidate["ideal_ratio"])
     if ends:
         measured.append(("\n" if narrow else " ") + ends, style="default dim")
+    if candidate["ratio_high"] < candidate["ideal_ratio"]:
+        ideal = f"{_BEATS_IDEAL}{ideal}"
     if narrow and ideal != fmt.MISSING:
         measured.append(f"\nideal {ideal}", style="default dim")
     return [measured] if narrow else [measured, ideal]
 
 
-def _caption(points: pd.DataFrame, cells: list[dict[str, Any]]) -> str:
+def _caption(points: pd.DataFrame, candidates: pd.DataFrame, cells: list[dict[str, Any]]) -> str:
     fewest, most = points["seeds"].min(), points["seeds"].max()
     timed = "; ".join(cell_label(*(cell[key] for key in CELL_KEYS)) for cell in cells) or "nothing was timed"
+    beaten = (candidates["ratio_high"] < candidates["ideal_ratio"]).any()
+    warning = f" {_BEATS_IDEAL} = wholly below the ideal: an error to explain." if beaten else ""
     return (
         f"Seeds: {fewest if fewest == most else f'{fewest}-{most}'}. Timed: {timed}. Ratio = sparse time / dense time "
         f"(below 1 is faster), with its 95 % interval; ideal = the cost model's ratio. {_ON_FRONT} = on the Pareto "
-        "front of quality and that ratio."
+        f"front of quality and that ratio.{warning}"
     )

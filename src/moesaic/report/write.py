@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from moesaic.report.figures import draw_fronts, save_png
+from moesaic.report.canvas import save_png
+from moesaic.report.front_figure import draw_fronts
 from moesaic.report.gap_figure import draw_gaps
 from moesaic.report.html import render
 from moesaic.report.results import Results

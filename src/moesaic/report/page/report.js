@@ -94,6 +94,8 @@ function hover(point, quality) {
   return lines.join("<br>");
 }
 
+const byWidth = (points) => points.sort((a, b) => a.active - b.active);
+
 function bars(values, lows, highs, tint) {
   const arms = (ends, sign) => values.map((value, i) => (missing(ends[i]) ? 0 : Math.max(0, sign * (ends[i] - value))));
   return { type: "data", symmetric: false, array: arms(highs, 1), arrayminus: arms(lows, -1), color: tint, thickness: 1.2, width: 0 };
@@ -137,11 +139,31 @@ function frontTrace(points, quality) {
   };
 }
 
+/** Where an axis begins and ends: all values, and their intervals up to a third of their span beyond. */
+function visibleRange(values, ends, log) {
+  const scale = (list) => list.filter((value) => !missing(value) && (!log || value > 0)).map((value) => (log ? Math.log10(value) : value));
+  const [shown, reach] = [scale(values), scale(ends)];
+  if (!shown.length) return {};
+  const [low, high] = [Math.min(...shown), Math.max(...shown)];
+  const span = high - low || Math.abs(high) / 10 || 1;
+  const left = Math.max(Math.min(low, ...reach), low - span / 3) - 0.07 * span;
+  return { range: [left, Math.min(Math.max(high, ...reach), high + span / 3) + 0.07 * span] };
+}
+
+function ratioAxis(points) {
+  const values = points.flatMap((point) => [point.ratio, point.ideal]).concat(1);
+  const title = narrow() ? "time / dense time (left is faster)" : "measured time / dense time (left is faster)";
+  return axis(title, visibleRange(values, points.flatMap((point) => [point.low, point.high]), false));
+}
+
 function qualityAxis(points, quality) {
-  const values = points.map((point) => point.quality[quality.name].value);
-  const wide = !quality.percent && Math.min(...values) > 0 && Math.max(...values) / Math.min(...values) > 4;
-  return axis(`${quality.label} (${quality.maximise ? "higher" : "lower"} is better)`,
-    { type: wide ? "log" : "linear", tickformat: quality.percent ? ".0%" : "", ...(wide ? { dtick: "D2" } : {}) });
+  const scores = points.map((point) => point.quality[quality.name]);
+  const values = scores.map((score) => score.value);
+  const log = !quality.percent && Math.min(...values) > 0 && Math.max(...values) / Math.min(...values) > 4;
+  return axis(`${quality.label} (${quality.maximise ? "higher" : "lower"} is better)`, {
+    type: log ? "log" : "linear", tickformat: quality.percent ? ".0%" : "", ...(log ? { dtick: "D2" } : {}),
+    ...visibleRange(values, scores.flatMap((score) => [score.low, score.high]), log),
+  });
 }
 
 function drawFront() {
@@ -150,7 +172,7 @@ function drawFront() {
   const points = all.filter((point) => !hidden.has(point.label));
   const labels = [...new Set(points.map((point) => point.label))];
   const traces = [frontTrace(all, quality), ...($("ideal").checked ? idealTraces(points, quality) : []),
-    ...labels.map((label) => methodTrace(label, points.filter((point) => point.label === label), quality))];
+    ...labels.map((label) => methodTrace(label, byWidth(points.filter((point) => point.label === label)), quality))];
   const dense = all.find((point) => point.method === "dense");
   const rule = { type: "line", line: { color: color("--quiet"), width: 1, dash: "dash" }, layer: "below" };
   const shapes = [{ ...rule, x0: 1, x1: 1, yref: "paper", y0: 0, y1: 1 }];
@@ -158,7 +180,7 @@ function drawFront() {
     const level = dense.quality[quality.name].value;
     shapes.push({ ...rule, xref: "paper", x0: 0, x1: 1, y0: level, y1: level });
   }
-  const look = layout({ shapes, xaxis: axis(narrow() ? "time / dense time (left is faster)" : "measured time / dense time (left is faster)"), yaxis: qualityAxis(points, quality) });
+  const look = layout({ shapes, xaxis: ratioAxis(points), yaxis: qualityAxis(points, quality) });
   noteFront(all, quality);
   return Plotly.react("front", traces, look, { responsive: true, displaylogo: false, displayModeBar: false });
 }
@@ -177,6 +199,9 @@ function noteFront(points, quality) {
   text.push(`Timed on ${cell.machine}. Dashed: the dense model.`);
   $("front-note").textContent = text.join(" ");
 }
+
+/** A time whose whole interval lies below the ideal one: an error to explain, most likely a slow dense arm. */
+const beatsIdeal = (point) => !missing(point.ideal) && !missing(point.high) && point.high < point.ideal;
 
 /** Columns of the table: heading, value to sort by, text, and small print. */
 function columns() {
@@ -199,7 +224,8 @@ function columns() {
     { key: "ratio", head: "time /\ndense", value: (point) => point.ratio, text: (point) => times(point.ratio),
       small: (point) => range(point.low, point.high, times) },
     plain("ideal", "ideal\nratio", times),
-    plain("captured", "captured\nshare", percent),
+    { key: "captured", head: "captured\nshare", value: (point) => point.captured, text: (point) => percent(point.captured),
+      small: (point) => (beatsIdeal(point) ? "beats the ideal" : "") },
     plain("all_blocks", "all blocks\non", times),
     plain("flops", "FLOPs /\ndense", times),
     plain("sparse_ms", "sparse\nms", (value) => number(value, 3)),

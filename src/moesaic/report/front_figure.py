@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+import textwrap
+from collections.abc import Mapping
 from typing import Any
 
 import matplotlib
+import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -15,49 +16,30 @@ from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from matplotlib.transforms import Bbox
+from numpy.typing import ArrayLike
 
 from moesaic.report import format as fmt
+from moesaic.report.canvas import DPI, STYLE, empty_figure
 from moesaic.report.columns import Quality
 from moesaic.report.front import cell_label, dense_quality
 from moesaic.report.palette import Mark, candidate_marks
 from moesaic.report.summary import CELL_KEYS, DENSE_METHODS
-from moesaic.runs.atomic import open_atomic
 
-__all__ = ["DPI", "STYLE", "draw_fronts", "empty_figure", "save_png"]
+__all__ = ["draw_fronts", "visible_range"]
 
-STYLE: Any = {
-    "font.size": 9.5,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": "#8a8a8a",
-    "axes.labelcolor": "#333333",
-    "xtick.color": "#555555",
-    "ytick.color": "#555555",
-    "axes.titlesize": 10.5,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.grid": True,
-    "grid.color": "#ececec",
-    "axes.axisbelow": True,
-}
-DPI = 160
 _PANEL_INCHES = (4.9, 3.7)
+_LETTERS_PER_INCH = 11.5
+_MARGIN = 0.09  # of the values' span, beyond the outermost
 _LOG_SPAN = 4.0  # largest / smallest value above which a loss axis is logarithmic
 
 
-def save_png(figure: Figure, path: Path) -> None:
-    """Write `figure` to `path` in one step."""
-    with open_atomic(path) as file:
-        FigureCanvasAgg(figure).print_png(file)
-
-
 def draw_fronts(candidates: pd.DataFrame, quality: Quality) -> Figure:
-    """One panel per setting, phase (rows) and speed cell (columns): measured ratio across, quality up.
+    """One panel per speed cell: measured ratio across, quality up; a row per setting and phase.
 
     `candidates` is what `fronts(table, quality)` gives. Without timed points the figure says so.
     """
     with matplotlib.rc_context(STYLE):
-        rows = list(_panel_rows(candidates))
+        rows = _panel_rows(candidates)
         if not rows:
             return empty_figure("No point has both a quality and a measured time.")
         columns = max(len(cells) for _, cells in rows)
@@ -71,8 +53,9 @@ def draw_fronts(candidates: pd.DataFrame, quality: Quality) -> Figure:
                 axes = figure.add_subplot(len(rows), columns, number * columns + column + 1)
                 _panel(axes, points, quality, styles, setting if several else "")
                 panels.append((axes, points))
-        _legend(figure, styles)
-        figure.suptitle(_heading(candidates), x=0.01, ha="left", fontsize=11)
+        _legend(figure, styles, columns)
+        heading = textwrap.fill(_heading(candidates), width=int(_LETTERS_PER_INCH * width * columns))
+        figure.suptitle(heading, x=0.01, ha="left", fontsize=11)
         FigureCanvasAgg(figure).draw()
         figure.set_layout_engine("none")
         for axes, points in panels:
@@ -80,24 +63,43 @@ def draw_fronts(candidates: pd.DataFrame, quality: Quality) -> Figure:
         return figure
 
 
+def visible_range(values: ArrayLike, ends: ArrayLike, *, log: bool = False) -> tuple[float, float]:
+    """Where an axis begins and ends: all of `values`, and their intervals' `ends` up to a third of their span.
+
+    A noisy interval then runs off the picture and does not squeeze the points.
+    """
+    shown, reach = np.asarray(values, dtype=float), np.asarray(ends, dtype=float)
+    reach = reach[np.isfinite(reach) & ((reach > 0) | (not log))]
+    if log:
+        shown, reach = np.log10(shown), np.log10(reach)
+    span = np.ptp(shown) or abs(shown[0]) / 10 or 1.0
+    low = max(np.append(shown, reach).min(), shown.min() - span / 3) - _MARGIN * span
+    high = min(np.append(shown, reach).max(), shown.max() + span / 3) + _MARGIN * span
+    return (10**low, 10**high) if log else (low, high)
+
+
 def _heading(candidates: pd.DataFrame) -> str:
     """What all panels share: the model and machine where there is one, seeds, and what the bars are."""
     parts = [str(candidates[name].iloc[0]) for name in ("model", "machine") if candidates[name].nunique() == 1]
-    seeds = candidates["seeds"]
-    parts.append(f"{seeds.max()} seeds" if seeds.min() == seeds.max() > 1 else f"{seeds.min()}–{seeds.max()} seeds")
-    if seeds.max() == 1:
-        parts[-1] = "1 seed"
+    fewest, most = candidates["seeds"].min(), candidates["seeds"].max()
+    parts.append(f"{fewest if fewest == most else f'{fewest}–{most}'} seed{'s' if most > 1 else ''}")
     over = " and ".join(candidates["ratio_interval_over"].dropna().unique())
     return " · ".join(parts) + (f" · bars: 95 % over {over}" if over else "")
 
 
-def _panel_rows(candidates: pd.DataFrame) -> Iterator[tuple[str, list[pd.DataFrame]]]:
+def _panel_rows(candidates: pd.DataFrame) -> list[tuple[str, list[pd.DataFrame]]]:
+    """Panels by row: a row per phase, or per setting where each phase has only one cell."""
+    rows = []
     for setting, mine in candidates.groupby("setting", sort=False):
+        of_setting = []
         for phase in ("prefill", "decode"):
             of_phase = mine[mine["phase"] == phase].sort_values(["batch_size", "tokens"], kind="stable")
             cells = [cell for _, cell in of_phase.groupby(list(CELL_KEYS), dropna=False, sort=False)]
-            if cells:
-                yield str(setting), cells
+            of_setting += [cells] if cells else []
+        if all(len(cells) == 1 for cells in of_setting):
+            of_setting = [[cells[0] for cells in of_setting]]
+        rows += [(str(setting), cells) for cells in of_setting]
+    return rows
 
 
 def _panel(axes: Axes, points: pd.DataFrame, quality: Quality, styles: Mapping[str, Mark], setting: str) -> None:
@@ -110,11 +112,11 @@ def _panel(axes: Axes, points: pd.DataFrame, quality: Quality, styles: Mapping[s
         axes.axhline(dense, color="#b0b0b0", linewidth=1, linestyle=(0, (4, 3)), zorder=1)
     _front_line(axes, points[points["on_front"]])
     for label, curve in points.groupby("label", sort=False):
-        _curve(axes, curve.sort_values("ratio"), styles[str(label)], quality)
+        _curve(axes, curve.sort_values("active_ffn_frac"), styles[str(label)])
     _quality_axis(axes, points, quality)
+    axes.set_xlim(visible_range([*points["ratio"], *points["ideal_ratio"].dropna(), 1.0], _ends(points, "ratio")))
     axes.set_xlabel("measured time / dense time  (left is faster)")
     axes.set_ylabel(f"{quality.label}  ({'higher' if quality.maximise else 'lower'} is better)")
-    axes.margins(x=0.09, y=0.12)
 
 
 def _front_line(axes: Axes, front: pd.DataFrame) -> None:
@@ -125,7 +127,7 @@ def _front_line(axes: Axes, front: pd.DataFrame) -> None:
     )  # fmt: skip
 
 
-def _curve(axes: Axes, curve: pd.DataFrame, mark: Mark, quality: Quality) -> None:
+def _curve(axes: Axes, curve: pd.DataFrame, mark: Mark) -> None:
     axes.plot(curve["ratio"], curve["value"], color=mark.light, linewidth=1, alpha=0.55, zorder=3)
     axes.errorbar(
         curve["ratio"],
@@ -162,16 +164,20 @@ def _arms(curve: pd.DataFrame, column: str) -> list[pd.Series]:
     ]
 
 
+def _ends(points: pd.DataFrame, column: str) -> list[float]:
+    return [*points[f"{column}_low"], *points[f"{column}_high"]]
+
+
 def _quality_axis(axes: Axes, points: pd.DataFrame, quality: Quality) -> None:
-    if quality.column.endswith("_frac"):
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: fmt.percent(value)))
-        return
     low, high = points["value"].min(), points["value"].max()
-    if low > 0 and high / low > _LOG_SPAN:
+    fraction = quality.column.endswith("_frac")
+    log = bool(not fraction and low > 0 and high / low > _LOG_SPAN)
+    if log:
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 5.0, 7.0)))
         axes.yaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: fmt.percent(value) if fraction else f"{value:g}"))
+    axes.set_ylim(visible_range(points["value"], _ends(points, "value"), log=log))
 
 
 # Offsets in points and alignments that are tried in turn for a point's label.
@@ -218,7 +224,7 @@ def _bar_box(axes: Axes, row: Mapping[Any, Any], position: Any) -> Bbox:
     return Bbox.from_extents(position[0] - 1, bottom, position[0] + 1, top)
 
 
-def _legend(figure: Figure, styles: Mapping[str, Mark]) -> None:
+def _legend(figure: Figure, styles: Mapping[str, Mark], columns: int) -> None:
     entries: list[Line2D] = [
         Line2D([], [], color=mark.light, marker=mark.marker, linewidth=1, markeredgecolor="white", label=label,
                markersize=11 if mark.marker == "*" else 7)
@@ -229,11 +235,4 @@ def _legend(figure: Figure, styles: Mapping[str, Mark]) -> None:
         Line2D([], [], color="#777777", linestyle="none", marker="|", markersize=9, label="ideal ratio (cost model)"),
         Line2D([], [], color="#b0b0b0", linestyle=(0, (4, 3)), label="dense model"),
     ]
-    figure.legend(handles=entries, loc="outside lower center", ncols=min(4, len(entries)), frameon=False, fontsize=9)
-
-
-def empty_figure(text: str) -> Figure:
-    """A small picture that says why there is nothing to draw."""
-    figure = Figure(figsize=(6, 2), dpi=DPI)
-    figure.text(0.5, 0.5, text, ha="center", va="center", color="#555555")
-    return figure
+    figure.legend(handles=entries, loc="outside lower center", ncols=2 * columns, frameon=False, fontsize=9)

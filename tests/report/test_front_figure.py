@@ -4,9 +4,10 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from report.synthetic_records import cell, point, record, write_record, write_runs
 
+from moesaic.report.canvas import save_png
 from moesaic.report.columns import find_quality
-from moesaic.report.figures import draw_fronts, save_png
 from moesaic.report.front import fronts
+from moesaic.report.front_figure import draw_fronts, visible_range
 from moesaic.report.gap_figure import draw_gaps
 from moesaic.report.gaps import gap_table
 from moesaic.report.load import load
@@ -63,3 +64,28 @@ def test_nothing_to_draw_is_said(tmp_path: Path) -> None:
     quality = find_quality("perplexity", table.columns)
     assert "measured time" in draw_fronts(fronts(table, quality), quality).texts[0].get_text()
     assert "No routed method" in draw_gaps(gap_table(table, quality), quality).texts[0].get_text()
+
+
+def test_one_noisy_interval_does_not_squeeze_the_points() -> None:
+    # span 0.6, a third of it is 0.2, the margin 0.09 * 0.6
+    assert visible_range([0.4, 1.0], [0.39, 40.0]) == pytest.approx((0.39 - 0.054, 1.2 + 0.054))
+    low, high = visible_range([1.0, 100.0], [float("nan")], log=True)
+    assert (low * high, high) == pytest.approx((100.0, 10 ** (2 + 0.18)))
+    low, high = visible_range([5.0], [])
+    assert low < 5.0 < high
+
+
+def test_a_single_batch_size_gives_one_wide_row(tmp_path: Path) -> None:
+    speed = [cell("prefill", 1, 512, 0, ratio=0.7, ideal=0.5), cell("decode", 1, 8, 8, ratio=0.8, ideal=0.5)]
+    long_name = "synthetic-backbone-with-a-name-as-long-as-they-come-on-the-hub/and-then-some-more"
+    write_record(tmp_path, record("m", long_name, 0, [point("adapted", 8, 2.0, active=0.25, speed=speed)]))
+    table = load(tmp_path).table
+    quality = find_quality("perplexity", table.columns)
+    figure = draw_fronts(fronts(table, quality), quality)
+    FigureCanvasAgg(figure).draw()
+    width, height = figure.bbox.width, figure.bbox.height
+    assert width > 1.5 * height
+    for part in (figure._suptitle, figure.legends[0]):
+        box = part.get_window_extent()
+        assert box.x0 >= 0
+        assert box.x1 <= width
