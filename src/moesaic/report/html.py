@@ -1,4 +1,4 @@
-"""report.html: one file that needs no network. Fixed tables are written here; page/report.js draws the rest."""
+"""report.html: one file that needs no network. Fixed tables are written here; page/*.js draw the rest."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def render(results: Results) -> str:
         title=escape(f"moesaic: {studies}" if studies else "moesaic report"),
         subtitle=escape(_subtitle(runs)),
         style=(page / "report.css").read_text("utf-8"),
-        script=(page / "report.js").read_text("utf-8"),
+        script="\n".join((page / name).read_text("utf-8") for name in ("report.js", "figures.js", "table.js")),
         data=_script_safe(payload(results)),
         plotly=base64.b64encode(gzip.compress(get_plotlyjs().encode(), mtime=0)).decode(),
         gap_notes=_gap_notes(_shown_gaps(results.gaps)),
@@ -132,8 +132,8 @@ def _notes(reference: ReferencePoint) -> str:
             "Time / dense is a ratio: sparse time over dense time, both measured in one process, alternating. Below 1 "
             "is faster than the dense model; 1 / ratio is the speed-up.",
             "The ideal ratio comes from the cost model with measured memory and arithmetic ceilings. The captured "
-            "share is (1 - ratio) / (1 - ideal ratio): how much of the possible saving was reached. A ratio whose whole "
-            "interval beats the ideal is marked: it is an error to explain, most likely a slow dense arm.",
+            "share is (1 - ratio) / (1 - ideal ratio): how much of the possible saving was reached. A ratio whose "
+            "whole interval beats the ideal is marked: it is an error to explain, most likely a slow dense arm.",
             "Model FLOPs / dense is counted, not timed. All blocks on is the measured ratio with nothing left out: "
             "what routing itself costs.",
             "Active FFN is the share of all FFN neurons, of all layers, that ran.",
