@@ -50,11 +50,17 @@ def model() -> PreTrainedModel:
 
 
 @pytest.fixture(autouse=True)
-def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: Any, **__: Any) -> None:
-        raise AssertionError("an offline task looked up an address")
+def no_network(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """An error alone would not do: libraries swallow it and go on."""
+    asked: list[object] = []
+
+    def refuse(host: object, *_: Any, **__: Any) -> None:
+        asked.append(host)
+        raise OSError("no network in tests")
 
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    yield
+    assert asked == []
 
 
 def option_loglik(model: PreTrainedModel, context: list[int], option: list[int]) -> float:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -76,13 +77,9 @@ def time_models(
         ceilings=measure_ceilings(nbytes=nbytes, dtype=dense.dtype, device=dense.device),
     )
     timing = Timing(speed=[], samples=[], ceilings=pair.ceilings)
-    gc.collect()
-    gc.disable()  # it would run inside somebody's sample
-    try:
+    with _no_collection():
         for cell in cells(config):
             _time_cell(pair, cell, config, clock, timing)
-    finally:
-        gc.enable()
     return timing
 
 
@@ -171,6 +168,19 @@ def _ready(pair: _Pair, cell: Cell, layers: list[SparseFFN], arm: OwnArm) -> _Re
         loads=[use.load for use in uses],
         prepare=applied,
     )
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Garbage collection would run inside somebody's sample."""
+    was_enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _sample_rows(cell: Cell, seconds: Mapping[str, Sequence[float]]) -> list[dict[str, Any]]:

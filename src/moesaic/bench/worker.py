@@ -70,7 +70,9 @@ def run_fresh(task: Task, request: Any, *, timeout_seconds: float) -> Outcome:
         if not receiver.poll(timeout_seconds):
             message = f"no result after {timeout_seconds:g} s; raise bench.timeout_seconds or time less."
             return Outcome(result=None, failure=Failure(reason="timeout", message=message))
-        return receiver.recv()
+        outcome: Outcome = receiver.recv()
+        process.join(PATIENCE_SECONDS)
+        return outcome
     except EOFError:
         process.join(PATIENCE_SECONDS)
         return Outcome(result=None, failure=_death(process.exitcode))

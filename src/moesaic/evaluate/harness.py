@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-import os
 import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
@@ -79,7 +79,8 @@ def run_tasks(
     batch_size = independent_batch_size(model, batch_size)
     was_training = model.training
     try:
-        with own_randomness(seed), _quiet(progress) as progress:
+        offline = not any(spec.needs_hub for spec in tasks.values())
+        with own_randomness(seed), _offline(offline), _quiet(progress) as progress:
             results, truncated = _simple_evaluate(
                 model, tokenizer, tasks, documents, batch_size=batch_size, seed=seed, limit=limit, progress=progress
             )
@@ -107,10 +108,6 @@ def _simple_evaluate(
     limit: int | None,
     progress: Progress | None,
 ) -> tuple[dict[str, Any], int]:
-    if not any(spec.needs_hub for spec in tasks.values()):
-        os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
-    from importlib.metadata import version
-
     from lm_eval import evaluator
 
     from moesaic.evaluate.lm import InMemoryLM
@@ -204,6 +201,18 @@ def _gold(target: object, options: Sequence[str]) -> int | None:
     if isinstance(target, str) and target.strip() in stripped:
         return stripped.index(target.strip())
     return int(target) if isinstance(target, str) and target.isdigit() and int(target) < len(options) else None
+
+
+@contextlib.contextmanager
+def _offline(offline: bool) -> Iterator[None]:
+    """Keep `datasets` from looking up its servers before it reads a local file. Its environment variable would be read
+    at import only, and would stay set.
+    """
+    import datasets.config
+
+    settings = mock.patch.multiple(datasets.config, HF_HUB_OFFLINE=True, HF_DATASETS_OFFLINE=True)
+    with settings if offline else contextlib.nullcontext():
+        yield
 
 
 @contextlib.contextmanager
