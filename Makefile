@@ -18,7 +18,7 @@ $(READY): pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(READY)  ## the main job: dense model in, measured Pareto front out (12 minutes on 2 cores, cached afterwards)
-	$(BIN)/moesaic -m +experiment=demo method=dense,dense_same_tokens,static_slice,moefication,factorllm paths.runs=$(RUNS)
+	$(BIN)/moesaic -m experiment=demo method=dense,dense_same_tokens,static_slice,moefication,factorllm paths.runs=$(RUNS)
 	$(BIN)/moesaic-report $(RUNS)
 
 test: $(READY)  ## all tests that need nothing but this environment

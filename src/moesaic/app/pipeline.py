@@ -24,6 +24,8 @@ from moesaic.runs.status import utc_now
 
 __all__ = ["check", "plan_experiment", "run_experiment"]
 
+CONFIG_FAILURES = ("diverged", "out_of_memory")  # what a configuration causes; the machine's faults end the run
+
 
 def check(config: MoesaicConfig) -> None:
     """Refuse, before any stage runs, what cannot work with this backbone and corpus. Raises ConfigError."""
@@ -46,8 +48,8 @@ def plan_experiment(config: MoesaicConfig) -> list[StageState]:
 def run_experiment(config: MoesaicConfig, plain: dict[str, Any]) -> Path:
     """Compute what is missing and write the record; returns its folder.
 
-    A point that fails (divergence, memory) is noted in the record with its reason and the others go on; the failure of
-    a stage that every point needs is raised.
+    A point whose configuration fails (divergence, memory) is noted in the record with its reason and the others go on;
+    any other failure, and one of a stage that every point needs, is raised.
     """
     check(config)
     disable_progress_bar()  # stages tell how far they are; a bar for every file loaded is noise
@@ -60,6 +62,8 @@ def run_experiment(config: MoesaicConfig, plain: dict[str, Any]) -> Path:
             for stage in plan.stages_of(point):
                 store.ensure(stage)
         except StageFailedError as error:
+            if error.reason not in CONFIG_FAILURES:
+                raise
             failures[index] = error
             print(f"moesaic: {error}; going on with the other points", file=sys.stderr, flush=True)
     folder = store.root / "record" / f"{config.method.name}-{plan.identity}"
