@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,6 +14,7 @@ from moesaic.app.plan import Plan, Point
 from moesaic.app.schema import MoesaicConfig
 from moesaic.app.stages import DOCUMENTS_FILE, FACTS_FILE, ITEMS_FILE, QUALITY_FILE, SPEED_FILE, ffn_widths, read_json
 from moesaic.config.errors import ConfigError
+from moesaic.config.identity import identity
 from moesaic.config.strict import strict_object
 from moesaic.evaluate.items import items_from_rows, summarise
 from moesaic.runs import record as rec
@@ -57,20 +58,33 @@ def run_experiment(config: MoesaicConfig, plain: dict[str, Any]) -> Path:
     store.ensure(plan.reference)
     points = list(plan.points())
     failures: dict[int, StageFailedError] = {}
+    untimed: dict[int, StageFailedError | None] = {}
     for index, point in enumerate(points):
         try:
-            for stage in plan.stages_of(point):
-                store.ensure(stage)
+            store.ensure(plan.evaluation(point))
         except StageFailedError as error:
             if error.reason not in CONFIG_FAILURES:
                 raise
             failures[index] = error
             print(f"moesaic: {error}; going on with the other points", file=sys.stderr, flush=True)
+            continue
+        if plan.is_timed(point):
+            untimed[index] = _time(plan, store, point)
     folder = store.root / "record" / f"{config.method.name}-{plan.identity}"
-    _write(plan, store, folder, plain, points, failures)
+    _write(plan, store, folder, plain, points, failures, untimed)
     if len(failures) == len(points):
         raise next(iter(failures.values()))
     return folder
+
+
+def _time(plan: Plan, store: Store, point: Point) -> StageFailedError | None:
+    """Time `point`; a failure costs its times, not its quality."""
+    try:
+        store.ensure(plan.timing(point))
+    except StageFailedError as error:
+        print(f"moesaic: {error}; its quality is kept", file=sys.stderr, flush=True)
+        return error
+    return None
 
 
 def _write(
@@ -80,6 +94,7 @@ def _write(
     plain: dict[str, Any],
     points: list[Point],
     failures: dict[int, StageFailedError],
+    untimed: dict[int, StageFailedError | None],
 ) -> None:
     dense_items = items_by_task(store.folder(plan.reference))
     written, documents, items = [], [], []
@@ -88,7 +103,7 @@ def _write(
             written.append(_failed(plan, point, failures[index]))
             continue
         source = store.folder(plan.evaluation(point))
-        written.append(_measured(plan, store, point, source, dense_items))
+        written.append(_measured(plan, store, point, source, dense_items, untimed.get(index)))
         where = {"arm": point.arm, "budget": point.budget}
         documents.append(pd.read_parquet(source / DOCUMENTS_FILE).assign(**where))
         items.append(pd.read_parquet(source / ITEMS_FILE).assign(**where))
@@ -106,6 +121,7 @@ def _record(plan: Plan, store: Store, plain: dict[str, Any], points: list[rec.Po
     uses = {use.identity: use for leaf in plan.leaves() for use in store.uses(leaf)}
     return rec.Record(
         identity=plan.identity,
+        configuration=identity(replace(config, seed=0)),
         name=f"{method.name}-{plan.identity}",
         study=config.study,
         created_utc=utc_now(),
@@ -160,7 +176,14 @@ def _failed(plan: Plan, point: Point, error: StageFailedError) -> rec.Point:
     return rec.Point(arm=point.arm, budget=point.budget, knob=plan.method.knob or None, failure=failure)
 
 
-def _measured(plan: Plan, store: Store, point: Point, source: Path, dense_items: dict[str, Any]) -> rec.Point:
+def _measured(
+    plan: Plan,
+    store: Store,
+    point: Point,
+    source: Path,
+    dense_items: dict[str, Any],
+    untimed: StageFailedError | None,
+) -> rec.Point:
     result = read_json(source / QUALITY_FILE)
     cost = dict(result["cost"])
     active = cost.pop("active_ffn_frac")
@@ -171,7 +194,8 @@ def _measured(plan: Plan, store: Store, point: Point, source: Path, dense_items:
         for name, summary in result.get("tasks", {}).items()
         if name in own_items
     }
-    speed = read_json(store.folder(plan.timing(point)) / SPEED_FILE) if len(plan.stages_of(point)) > 1 else {}
+    timed = plan.is_timed(point) and untimed is None
+    speed = read_json(store.folder(plan.timing(point)) / SPEED_FILE)["speed"] if timed else []
     return rec.Point(
         arm=point.arm,
         budget=point.budget,
@@ -179,8 +203,9 @@ def _measured(plan: Plan, store: Store, point: Point, source: Path, dense_items:
         active_ffn_frac=active,
         quality=rec.Quality(**result["quality"], tasks=tasks),
         cost=rec.Cost(**cost),
-        speed=[strict_object(rec.Speed, cell) for cell in speed.get("speed", [])],
+        speed=[strict_object(rec.Speed, cell) for cell in speed],
         routing=rec.RoutingUse(**result["routing"]) if result.get("routing") else None,
+        failure=None if untimed is None else rec.Failure(reason=untimed.reason, message=untimed.message),
     )
 
 

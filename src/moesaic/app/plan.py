@@ -128,8 +128,11 @@ class Plan:
 
     def stages_of(self, point: Point) -> list[Stage]:
         """What has to be computed for `point`."""
-        timed = point.timed and self.config.bench.phases
-        return [self.evaluation(point), *([self.timing(point)] if timed else [])]
+        return [self.evaluation(point), *([self.timing(point)] if self.is_timed(point) else [])]
+
+    def is_timed(self, point: Point) -> bool:
+        """Whether `point` has speed to measure and the experiment wants it."""
+        return point.timed and bool(self.config.bench.phases)
 
     def leaves(self) -> list[Stage]:
         """Every stage whose output the record reads; with their parents, all there is to do."""

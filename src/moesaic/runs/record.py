@@ -236,6 +236,7 @@ class Record:
 
     schema_version: int = SCHEMA_VERSION
     identity: str
+    configuration: str  # identity of the config without its seed: equal for the seeds of one thing
     name: str
     study: str
     created_utc: str
