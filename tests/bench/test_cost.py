@@ -101,6 +101,11 @@ def test_cost_record_by_hand() -> None:
         "model_flops_per_token": 1.5 * 48 + 32 + rest,
         "dense_ffn_flops_per_token": 192,
         "dense_model_flops_per_token": 192 + rest,
+        "ffn_bytes_per_token": 1.5 * 48,
+        "router_bytes_per_token": 32,
+        "model_bytes_per_token": 1.5 * 48 + 32 + 128 + 80 + 16 * 10,
+        "dense_ffn_bytes_per_token": 192,
+        "dense_model_bytes_per_token": 192 + 128 + 80 + 16 * 10,
         "attention_context_tokens": 9,
     }
 

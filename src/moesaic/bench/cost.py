@@ -7,7 +7,7 @@ Shapes: L layers.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -82,11 +82,8 @@ def router_work(layer: FFNLayer, tokens: int) -> Work:
     return Work(flops=tokens * layer.router_flops, nbytes=layer.router.nbytes)
 
 
-def call_work(anatomy: Anatomy, call: Call, loads: Sequence[Load]) -> Iterator[Work]:
-    """The parts of one call, each of which is bound by either its FLOPs or its bytes."""
-    for layer, load in zip(anatomy.ffns, loads, strict=True):
-        yield ffn_work(layer, load)
-        yield router_work(layer, call.total_tokens)
+def rest_work(anatomy: Anatomy, call: Call) -> Iterator[Work]:
+    """Everything but FFNs and routers: the other matrices, the output matrix, the attention products."""
     yield _matrix_work(anatomy.body, call.total_tokens)
     yield _matrix_work(anatomy.head, call.batch_size)
     attention = anatomy.attention
@@ -97,7 +94,15 @@ def call_work(anatomy: Anatomy, call: Call, loads: Sequence[Load]) -> Iterator[W
     )
 
 
-def ideal_seconds(parts: Iterator[Work], ceilings: Ceilings) -> float:
+def call_work(anatomy: Anatomy, call: Call, loads: Sequence[Load]) -> Iterator[Work]:
+    """The parts of one call, each of which is bound by either its FLOPs or its bytes."""
+    for layer, load in zip(anatomy.ffns, loads, strict=True):
+        yield ffn_work(layer, load)
+        yield router_work(layer, call.total_tokens)
+    yield from rest_work(anatomy, call)
+
+
+def ideal_seconds(parts: Iterable[Work], ceilings: Ceilings) -> float:
     """The time of a call whose every part runs at the machine's copy bandwidth or matmul rate, whichever binds."""
     return sum(max(part.nbytes / ceilings.copy_bytes_per_s, part.flops / ceilings.matmul_flops_per_s) for part in parts)
 
@@ -111,32 +116,40 @@ def active_parameters(anatomy: Anatomy, blocks_L: Sequence[float]) -> float:
 def cost_record(
     dense: Anatomy, own: Anatomy, *, blocks_L: Sequence[float] | None = None, context: int = 0
 ) -> dict[str, Any]:
-    """The `cost` part of a record: parameters, and FLOPs of one token that has `context` tokens before it.
+    """The `cost` part of a record: parameters, and what one token that has `context` tokens before it costs.
 
-    `blocks_L` is the mean number of blocks that a token runs in each of `own`'s FFNs (None: all of them).
-    `active_ffn_frac` is relative to the dense model's neurons.
+    FLOPs and bytes are those of decoding the token alone, its logits included. `blocks_L` is the mean number of blocks
+    that a token runs in each of `own`'s FFNs (None: all of them). `active_ffn_frac` is of the dense model's neurons.
     """
     blocks = [float(layer.num_blocks) for layer in own.ffns] if blocks_L is None else [float(b) for b in blocks_L]
-    ffn = sum(layer.block_flops * count for layer, count in _zip(own, blocks))
-    router = sum(layer.router_flops for layer in own.ffns)
-    dense_ffn = sum(layer.block_flops * layer.num_blocks for layer in dense.ffns)
+    call = Call(batch_size=1, tokens=1, context=context)
+    ffn = _sum(ffn_work(layer, Load(assignments=count, union=count)) for layer, count in _zip(own, blocks))
+    router = _sum(router_work(layer, 1) for layer in own.ffns)
+    rest = _sum(rest_work(own, call))
+    dense_ffn = _sum(ffn_work(*pair) for pair in zip(dense.ffns, full_loads(dense, call), strict=True))
+    dense_rest = _sum(rest_work(dense, call))
     neurons = sum(layer.block_neurons * count for layer, count in _zip(own, blocks))
     return {
         "parameters_total": own.parameters_total,
         "parameters_active": active_parameters(own, blocks),
         "active_ffn_frac": neurons / sum(layer.neurons for layer in dense.ffns),
-        "ffn_flops_per_token": ffn,
-        "router_flops_per_token": router,
-        "model_flops_per_token": ffn + router + _rest_flops(own, context),
-        "dense_ffn_flops_per_token": dense_ffn,
-        "dense_model_flops_per_token": dense_ffn + _rest_flops(dense, context),
+        "ffn_flops_per_token": ffn.flops,
+        "router_flops_per_token": router.flops,
+        "model_flops_per_token": ffn.flops + router.flops + rest.flops,
+        "dense_ffn_flops_per_token": dense_ffn.flops,
+        "dense_model_flops_per_token": dense_ffn.flops + dense_rest.flops,
+        "ffn_bytes_per_token": ffn.nbytes,
+        "router_bytes_per_token": router.nbytes,
+        "model_bytes_per_token": ffn.nbytes + router.nbytes + rest.nbytes,
+        "dense_ffn_bytes_per_token": dense_ffn.nbytes,
+        "dense_model_bytes_per_token": dense_ffn.nbytes + dense_rest.nbytes,
         "attention_context_tokens": context,
     }
 
 
-def _rest_flops(anatomy: Anatomy, context: int) -> int:
-    attention = 4 * anatomy.attention.layers * anatomy.attention.width * (context + 1)
-    return 2 * (anatomy.body.parameters + anatomy.head.parameters) + attention
+def _sum(parts: Iterable[Work]) -> Work:
+    listed = list(parts)
+    return Work(flops=sum(part.flops for part in listed), nbytes=sum(part.nbytes for part in listed))
 
 
 def _matrix_work(matrix: Matrix, tokens: int) -> Work:

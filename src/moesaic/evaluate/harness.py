@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import math
 import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -183,8 +184,8 @@ def _item(sample: dict[str, Any]) -> Item | None:
     gold = _gold(sample["target"], continuations[:count])
     if gold is None or len(set(continuations[:count])) < 2:
         return None
-    if not all(value == value for value in loglik):
-        raise FloatingPointError(f"the model gives NaN log-likelihoods (task item {sample['doc_id']})")
+    if not all(map(math.isfinite, loglik)):
+        raise FloatingPointError(f"the model's log-likelihoods are {loglik} (task item {sample['doc_id']})")
     return Item(
         id=str(sample["doc"].get("id", sample["doc_id"])),
         gold=gold,

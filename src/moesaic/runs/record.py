@@ -139,6 +139,12 @@ class Cost:
     model_flops_per_token: float
     dense_ffn_flops_per_token: float
     dense_model_flops_per_token: float
+    # Weights and cache that one token alone has to read.
+    ffn_bytes_per_token: float | None = None
+    router_bytes_per_token: float | None = None
+    model_bytes_per_token: float | None = None
+    dense_ffn_bytes_per_token: float | None = None
+    dense_model_bytes_per_token: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
