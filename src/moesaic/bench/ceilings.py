@@ -12,7 +12,7 @@ __all__ = ["Ceilings", "best_seconds", "measure_ceilings", "synchronise"]
 
 MATMUL_SIZE = 1024
 COPY_BYTES = (2**22, 2**28)  # smaller copies measure the call, larger ones nothing new
-REPEATS = 5
+REPEATS = 15
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
