@@ -1,20 +1,19 @@
 """llama2.c checkpoints: against run.c's own arithmetic written as loops here, and against the real 260k model."""
 
 import math
-import os
 import struct
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from shared_data import SHARED
 from torch import Tensor
 
 from moesaic.backbones.base import BackboneError
 from moesaic.backbones.llama2c import Llama2c
 from moesaic.backbones.source import load_backbone
 
-SHARED = Path(os.environ.get("MOESAIC_SHARED", Path(__file__).parents[2].parent / "shared"))
 STORIES = SHARED / "data" / "stories260k"
 TALES = SHARED / "data" / "tinystories" / "train_prefix.txt"
 D, F, LAYERS, HEADS, KV_HEADS, VOCAB, CONTEXT = 16, 24, 2, 4, 2, 262, 32

@@ -2,11 +2,11 @@
 
 import gzip
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import pytest
+from shared_data import SHARED
 
 from moesaic.config.errors import ConfigError
 from moesaic.config.strict import strict_object
@@ -17,7 +17,7 @@ from moesaic.evaluate.tasks.harness import HarnessTask
 from moesaic.evaluate.tasks.next_line import NextLine
 from moesaic.evaluate.tasks.story_ending import StoryEnding
 
-SHARED = Path(os.environ.get("MOESAIC_SHARED", Path(__file__).parents[3] / "shared")) / "data"
+DATA = SHARED / "data"
 
 
 def document(name: str, lines: int) -> Document:
@@ -156,7 +156,7 @@ def test_settings_out_of_range(target: str, keys: dict[str, Any], words: str) ->
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason=f"no data in {SHARED}")
 def test_the_real_data_gives_whole_tasks() -> None:
-    assert len(Blimp(folder=SHARED / "eval/blimp", limit_per_paradigm=10).questions([], seed=0)) == 670
-    questions = StoryEnding(file=SHARED / "tinystories/train_prefix.txt").questions([], seed=0)
+    assert len(Blimp(folder=DATA / "eval/blimp", limit_per_paradigm=10).questions([], seed=0)) == 670
+    questions = StoryEnding(file=DATA / "tinystories/train_prefix.txt").questions([], seed=0)
     assert len(questions) == 200
     assert all(len(set(question.options)) == 4 for question in questions)

@@ -112,7 +112,8 @@ def prepare(config: MoesaicConfig, backbone: Stage, tokens: Stage) -> Stage:
         dtype = model.dtype
         job = _adapt_job(config, model.float(), parents[1], None, folder, f"prepare {config.method.name}")
         facts = change.run(job)
-        save_model(job.model.to(dtype), tokenizer, folder, facts)
+        torch.nn.Module.to(job.model, dtype)
+        save_model(job.model, tokenizer, folder, facts)
 
     counted = {"prepare": change, "context": config.adapt.context, "seed": config.seed}
     parents = (backbone, tokens)
@@ -172,7 +173,7 @@ def adapt(
         # Training moves float32 weights; what is saved has the backbone's dtype again, routers excepted.
         job = _adapt_job(config, net.float(), parents[1], cached, folder, label)
         facts = phase.run(job)
-        net.to(dtype)
+        torch.nn.Module.to(net, dtype)
         for layer in sparse_layers(net):
             if layer.score is not None:
                 layer.score.float()

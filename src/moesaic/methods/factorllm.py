@@ -141,6 +141,7 @@ class JointObjective(pl.LightningModule):
                 distance_TB = teacher_distances(layer.experts, teacher, x_TD, 1 / (layer.experts.num_blocks // self.k))
                 mask_TB = smallest_blocks(distance_TB, self.k).float()
             logits_TB = records[-1].logits_TB
+            assert logits_TB is not None
             loss = loss + self.phase.router_weight * router_loss(logits_TB, mask_TB, "kl_student_teacher")
             loss = loss + self.phase.confidence_weight * balance_penalty(logits_TB, self.k)
         return loss
