@@ -88,6 +88,8 @@ def test_a_dry_run_lists_stages_and_leaves_nothing(overrides, tmp_path):
             "method.partition.num_blocks=24",
             r"method\.partition\.num_blocks=24 does not divide the FFN width 64.*16, 32",
         ),
+        ("adapt.context=100", r"adapt\.context=100 exceeds the 64 positions"),
+        ("bench=quick", r"bench: timing needs 256 positions.*but the model has 64"),
         ("backbone.path=/nowhere/model", r"/nowhere/model.*does not exist"),
         ("data.train=/nowhere/train.txt", r"cannot read /nowhere/train\.txt"),
     ],

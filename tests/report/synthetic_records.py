@@ -9,6 +9,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from moesaic.report.load import without_seeds
+
 DENSE_NATS = 2.0
 NUM_BLOCKS = 32
 CELLS = (("prefill", 1, 512, 0), ("prefill", 8, 512, 0), ("decode", 1, 32, 128), ("decode", 8, 32, 128))
@@ -50,6 +52,7 @@ def record(
     return {
         "schema_version": 1,
         "identity": identity,
+        "configuration": hashlib.sha256(f"{method}-{backbone}-{without_seeds(config)}".encode()).hexdigest()[:10],
         "name": f"{method}-{identity}",
         "study": "synthetic",
         "created_utc": "2026-01-01T00:00:00Z",

@@ -43,6 +43,7 @@ def record(**changes: Any) -> dict[str, Any]:
     return {
         "schema_version": 1,
         "identity": "0123456789",
+        "configuration": "abcdef0123",
         "name": "moefication-0123456789",
         "study": "demo",
         "created_utc": "2025-01-01T00:00:00+00:00",

@@ -12,11 +12,12 @@ from transformers.utils.logging import disable_progress_bar
 
 from moesaic.app.plan import Plan, Point
 from moesaic.app.schema import MoesaicConfig
-from moesaic.app.stages import DOCUMENTS_FILE, FACTS_FILE, ITEMS_FILE, QUALITY_FILE, SPEED_FILE, ffn_widths, read_json
+from moesaic.app.stages import DOCUMENTS_FILE, FACTS_FILE, ITEMS_FILE, QUALITY_FILE, SPEED_FILE, read_json
 from moesaic.config.errors import ConfigError
 from moesaic.config.identity import identity
 from moesaic.config.strict import strict_object
 from moesaic.evaluate.items import items_from_rows, summarise
+from moesaic.ffn.sites import find_ffns
 from moesaic.runs import record as rec
 from moesaic.runs.engine import StageFailedError, StageState, Store
 from moesaic.runs.environment import describe_environment
@@ -30,12 +31,24 @@ CONFIG_FAILURES = ("diverged", "out_of_memory")  # what a configuration causes; 
 
 def check(config: MoesaicConfig) -> None:
     """Refuse, before any stage runs, what cannot work with this backbone and corpus. Raises ConfigError."""
-    for width in ffn_widths(config.backbone, config.backbone.ffn):
+    skeleton = config.backbone.skeleton()
+    for width in {site.read().width for site in find_ffns(skeleton, config.backbone.ffn)}:
         try:
             config.method.check_width(width)
         except ValueError as error:
             raise ConfigError(f"method.{error}") from error
     config.evaluate.check()
+    positions = getattr(skeleton.config, "max_position_embeddings", None)
+    if positions is not None:
+        _check_lengths(config, positions)
+
+
+def _check_lengths(config: MoesaicConfig, positions: int) -> None:
+    wanted = {"adapt.context": config.adapt.context, "evaluate.perplexity.context": config.evaluate.perplexity.context}
+    for name, length in wanted.items():
+        if length > positions:
+            raise ConfigError(f"{name}={length} exceeds the {positions} positions of {config.backbone.name}. Lower it.")
+    config.bench.check("bench", positions)
 
 
 def plan_experiment(config: MoesaicConfig) -> list[StageState]:
@@ -117,7 +130,8 @@ def _write(
 def _record(plan: Plan, store: Store, plain: dict[str, Any], points: list[rec.Point], *, failed: bool) -> rec.Record:
     config, method = plan.config, plan.method
     reference = read_json(store.folder(plan.reference) / QUALITY_FILE)
-    widths = ffn_widths(config.backbone, config.backbone.ffn)
+    skeleton = config.backbone.skeleton()
+    width = max(site.read().width for site in find_ffns(skeleton, config.backbone.ffn))
     uses = {use.identity: use for leaf in plan.leaves() for use in store.uses(leaf)}
     return rec.Record(
         identity=plan.identity,
@@ -130,7 +144,7 @@ def _record(plan: Plan, store: Store, plain: dict[str, Any], points: list[rec.Po
         backbone=rec.BackboneInfo(
             name=config.backbone.name,
             identity=plan.backbone.identity,
-            family=config.backbone.skeleton().config.model_type,
+            family=skeleton.config.model_type,
             parameters_total=reference["cost"]["parameters_total"],
             revision=config.backbone.fingerprint(),
         ),
@@ -141,7 +155,7 @@ def _record(plan: Plan, store: Store, plain: dict[str, Any], points: list[rec.Po
             provenance=method.provenance,
             regime="post_training",
             num_blocks=method.blocks,
-            block_size=max(widths) // method.blocks if method.blocks else None,
+            block_size=width // method.blocks if method.blocks else None,
             knob=method.knob or None,
         ),
         protocol=reference["protocol"],

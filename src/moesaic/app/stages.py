@@ -26,7 +26,6 @@ from moesaic.data.tokenizer import train_bpe
 from moesaic.data.tokens import TokenSplit, tokenise
 from moesaic.evaluate.harness import run_tasks
 from moesaic.evaluate.perplexity import perplexity
-from moesaic.ffn.families import FFNPattern
 from moesaic.methods.base import AdaptJob, ConvertJob, Phase, SparseMethod, select_blocks
 from moesaic.methods.calibration import Calibration, calibrate
 from moesaic.methods.controls import Arm, apply_arm
@@ -326,10 +325,3 @@ def _adapt_job(
 
 def _label(name: str, budget: float | None) -> str:
     return name if budget is None else f"{name}@{budget:g}"
-
-
-def ffn_widths(backbone: Backbone, pattern: FFNPattern | None) -> set[int]:
-    """The FFN widths of a backbone, read off its skeleton: no weight is loaded."""
-    from moesaic.ffn.sites import find_ffns
-
-    return {site.read().width for site in find_ffns(backbone.skeleton(), pattern)}

@@ -44,6 +44,9 @@ def _column(name: str, source: str, kind: Kind, meaning: str, *, required: bool 
 RECORD_COLUMNS = (
     _column("experiment", "name", "text", "name of the record: method and hash", required=True),
     _column("identity", "identity", "text", "hash of the experiment: backbone x method x seed", required=True),
+    _column(
+        "configuration", "configuration", "text", "hash of the config without its seed: equal for seeds", required=True
+    ),
     _column("study", "study", "text", "name under which experiments were run together"),
     _column("created_utc", "created_utc", "text", "when the record was written"),
     _column("seed", "seed", "int", "seed of the experiment", required=True),
@@ -107,7 +110,6 @@ CELL_COLUMNS = (
 )
 
 DERIVED_COLUMNS = (
-    _column("configuration", "", "text", "hash of everything but the seed: rows that share it are seeds of one thing"),
     _column("label", "", "text", "method, with what tells it from the other configurations of that method"),
     _column("machine", "", "text", "what the times were taken on: device, threads, dtype"),
     _column("model", "", "text", "backbone, with the corpus where there are several: quality is comparable inside it"),

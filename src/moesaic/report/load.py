@@ -17,7 +17,6 @@ from typing import Any
 
 import pandas as pd
 
-from moesaic.config.identity import identity
 from moesaic.report.columns import CELL_COLUMNS, COLUMNS, POINT_COLUMNS, RECORD_COLUMNS, Column, task_column
 from moesaic.report.labels import label_configurations, label_settings, machine_name
 from moesaic.runs.record import DOCUMENTS_FILE, ITEMS_FILE, RECORD_FILE, SCHEMA_VERSION
@@ -177,7 +176,6 @@ def _rows(record: Mapping[str, Any], folder: Path) -> list[dict[str, Any]]:
     common = _extract(record, RECORD_COLUMNS, "")
     common["record_dir"] = str(folder)
     common["machine"] = machine_name(record["environment"], record["config"], record["protocol"])
-    common["configuration"] = str(record.get("configuration") or _configuration(record))
     default_knob = str(_at(record, "method.knob") or "") or None
     rows = []
     for index, point in enumerate(record["points"]):
@@ -192,20 +190,6 @@ def _rows(record: Mapping[str, Any], folder: Path) -> list[dict[str, Any]]:
         if not cells:
             rows.append(values)
     return rows
-
-
-def _configuration(record: Mapping[str, Any]) -> str:
-    """Hash of everything in the resolved config that can change a result, but the seed."""
-    parts = {
-        "backbone": _at(record, "backbone.identity") or _at(record, "backbone.name"),
-        "data": _at(record, "data.fingerprint"),
-        "method": [_at(record, "method.name"), _at(record, "method.variant")],
-        "config": without_seeds(record["config"]),
-    }
-    try:
-        return identity(parts)
-    except (TypeError, ValueError) as error:
-        raise RecordError(f"config: {error}") from error
 
 
 def without_seeds(config: Mapping[str, Any]) -> dict[str, Any]:
