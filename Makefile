@@ -22,7 +22,7 @@ demo: $(READY)  ## the main job: dense model in, measured Pareto front out (12 m
 	$(BIN)/moesaic-report $(RUNS)
 
 test: $(READY)  ## all tests that need nothing but this environment
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not system" -n logical --maxprocesses 4 --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not system" -n logical --maxprocesses 4 --dist loadfile
 
 test-system: $(READY)  ## tests that start other programs: browser, killed and concurrent runs
 	tests/system/install.sh
