@@ -16,6 +16,7 @@ from torch import Generator
 from transformers import PreTrainedModel
 
 from moesaic.data.tokens import TokenSplit
+from moesaic.ffn.dense import DenseFFN
 from moesaic.ffn.families import FFNPattern
 from moesaic.ffn.sites import find_ffns
 from moesaic.methods.calibration import Calibration
@@ -181,7 +182,7 @@ class SparseMethod(Method):
             site.release()
         return convert_model(job.model, layers, job.pattern)
 
-    def _layer(self, ffn: Any, inputs_TD: torch.Tensor | None, generator: Generator) -> SparseFFN:
+    def _layer(self, ffn: DenseFFN, inputs_TD: torch.Tensor | None, generator: Generator) -> SparseFFN:
         stats = NeuronStats(ffn, inputs_TD) if inputs_TD is not None else None
         block_F = self.partition.labels(ffn, stats, generator=generator)
         combine = self.combine.for_ffn(ffn).build(ffn.dim, self.partition.num_blocks)

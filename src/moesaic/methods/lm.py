@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import pytorch_lightning as pl
 from pytorch_lightning.utilities.types import OptimizerLRScheduler
@@ -37,8 +37,6 @@ class FinetuneLM(Phase):
 
     fit: FitConfig
     train: tuple[Part, ...] = ("ffn",)
-
-    trains_weights: ClassVar[bool] = True
 
     def run(self, job: AdaptJob) -> dict[str, Any]:
         parameters = train_only(job.model, self.train, job.pattern)

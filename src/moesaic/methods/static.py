@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from moesaic.ffn.dense import DenseFFN
 from moesaic.ffn.sites import find_ffns
 from moesaic.methods.base import ConvertJob, Method
+from moesaic.methods.calibration import Calibration
 from moesaic.sparse.combine import Combine
 from moesaic.sparse.experts import Experts
 from moesaic.sparse.layer import SparseFFN
@@ -145,10 +146,12 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
 
 
 @torch.inference_mode()
-def block_influence(model: PreTrainedModel, stack: nn.ModuleList, calibration: Any, *, max_windows: int = 16) -> Tensor:
+def block_influence(
+    model: PreTrainedModel, stack: nn.ModuleList, calibration: Calibration, *, max_windows: int = 16
+) -> Tensor:
     """(num_layers,) 1 - mean cosine between a layer's input and output, float32, on up to `max_windows` windows."""
     total = torch.zeros(len(stack))
-    counted = 0
+    windows_NC = calibration.windows_NC()[:max_windows]
 
     def note(index: int) -> Any:
         def hook(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -159,13 +162,12 @@ def block_influence(model: PreTrainedModel, stack: nn.ModuleList, calibration: A
 
     handles = [layer.register_forward_hook(note(i)) for i, layer in enumerate(stack)]
     try:
-        for window_C in calibration.windows_NC()[:max_windows]:
+        for window_C in windows_NC:
             model(input_ids=window_C[None], use_cache=False)
-            counted += 1
     finally:
         for handle in handles:
             handle.remove()
-    return total / counted
+    return total / len(windows_NC)
 
 
 def renumber(layer: nn.Module, index: int) -> None:
