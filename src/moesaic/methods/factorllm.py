@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from moesaic.ffn.dense import DenseFFN
 from moesaic.methods.base import AdaptJob, Phase, select_blocks
 from moesaic.methods.calibration import Calibration
-from moesaic.methods.lm import Part, fit_language_model, train_only
+from moesaic.methods.lm import Part, fit_language_model, task_loss, train_only
 from moesaic.sparse.experts import Experts
 from moesaic.sparse.labels import best_subset, block_grams, fitted_scale, pa_distances, smallest_blocks
 from moesaic.sparse.layer import SparseFFN, sparse_layers
@@ -131,9 +131,8 @@ class JointObjective(pl.LightningModule):
         self.teachers: list[DenseFFN] = [frozen_copy(layer.experts) for layer in sparse_layers(model)]
 
     def training_step(self, batch: dict[str, Tensor], _: int) -> Tensor:
-        ids = batch["input_ids"]
         with capture_layer_inputs(self.model) as inputs, record_routing(self.model) as trace:
-            loss = self.model(input_ids=ids, labels=ids, use_cache=False).loss
+            loss = task_loss(self.model, batch)
         for layer, teacher, x_TD, records in zip(
             sparse_layers(self.model), self.teachers, inputs, trace.layers, strict=True
         ):

@@ -22,7 +22,7 @@ from moesaic.sparse.layer import sparse_layers
 from moesaic.training.fit import FitConfig, fit, optimizer_of
 from moesaic.training.loader import TokenBatches
 
-__all__ = ["FinetuneLM", "LanguageModelling", "ffn_parameters", "router_parameters", "train_only"]
+__all__ = ["FinetuneLM", "LanguageModelling", "ffn_parameters", "router_parameters", "task_loss", "train_only"]
 
 Part = Literal["ffn", "router", "all"]
 
@@ -54,11 +54,16 @@ class LanguageModelling(pl.LightningModule):
         self.trained = parameters
 
     def training_step(self, batch: dict[str, Tensor], _: int) -> Tensor:
-        """Mean next-token cross-entropy in nats of a batch with `input_ids` (N, C)."""
-        return self.model(input_ids=batch["input_ids"], labels=batch["input_ids"], use_cache=False).loss
+        """The task's mean loss of one batch."""
+        return task_loss(self.model, batch)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         return optimizer_of(self.trained, self.config)
+
+
+def task_loss(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
+    """Mean next-token cross-entropy in nats of a batch with `input_ids` (N, C): what every recipe's task loss is."""
+    return model(input_ids=batch["input_ids"], labels=batch["input_ids"], use_cache=False).loss
 
 
 def fit_language_model(module: pl.LightningModule, job: AdaptJob, config: FitConfig, *, label: str) -> dict[str, Any]:
