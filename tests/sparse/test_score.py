@@ -268,6 +268,8 @@ def test_subset_oracle_with_all_blocks_and_with_a_selection_that_has_no_k() -> N
     assert routing.active_TB().all()
     with pytest.raises(ValueError, match=r"needs a fixed k, but select is Threshold\. Use TopK"):
         module.route(x_TD, experts, Threshold(tau=0.0))
+    with pytest.raises(ValueError, match=r"chooses every block, but select\.always=1\. Use Oracle"):
+        module.route(x_TD, experts, TopK(k=2, always=1))
 
 
 def test_random_scores_depend_on_the_token_alone() -> None:

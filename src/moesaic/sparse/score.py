@@ -250,6 +250,8 @@ class _SubsetOracleModule(JointScoreModule):
     def route(self, x_TD: Tensor, experts: Experts, select: Selection) -> tuple[Routing, Tensor]:
         if not isinstance(select, TopK | AllBlocks):
             raise ValueError(f"SubsetOracle needs a fixed k, but select is {type(select).__name__}. Use TopK.")
+        if isinstance(select, TopK) and select.always:
+            raise ValueError(f"SubsetOracle chooses every block, but select.always={select.always}. Use Oracle.")
         k = select.k if isinstance(select, TopK) else experts.num_blocks
         gram_TBB = block_grams(experts, x_TD)
         routing = Routing.from_mask(best_subset(gram_TBB, k, self.config.scale))

@@ -87,17 +87,30 @@ class Prefix(Selection):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TopK(Selection):
-    """The `k` blocks with the highest scores run; 0 is allowed and runs none."""
+    """Blocks 0..always-1 and the best of the others run, `k` in all; 0 is allowed and runs none.
+
+    So always-on blocks (shared experts) count as active, and k / B is the active share with and without them.
+    Raises ValueError unless 0 <= always <= k.
+    """
 
     k: int
+    always: int = 0  # blocks that run for every token, whatever their scores
 
     knob: ClassVar[str] = "k"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "k", _whole(self.k))
+        if not 0 <= self.always <= self.k:
+            raise ValueError(
+                f"select.always={self.always} is outside 0..select.k={self.k}: always-on blocks count as active. "
+                "Raise k or lower always."
+            )
 
     def __call__(self, score_TB: Tensor, *, training: bool) -> Routing:
-        return Routing.from_topk(top_blocks(score_TB, self.k), None, score_TB.shape[1])
+        num_tokens, num_blocks = score_TB.shape
+        always_TK = torch.arange(self.always, device=score_TB.device).expand(num_tokens, -1)
+        routed_TK = self.always + top_blocks(score_TB[:, self.always :], self.k - self.always)
+        return Routing.from_topk(torch.cat([always_TK, routed_TK], dim=1), None, num_blocks)
 
     def check(self, num_blocks: int) -> None:
         _check_k(self.k, num_blocks)
