@@ -93,7 +93,21 @@ def test_means_are_weighted_by_tokens(model: PreTrainedModel) -> None:
     found = perplexity(model, split_of(30, 2), context=TOY_CONTEXT, batch_size=1)
     assert found.nats_per_token == pytest.approx(sum(d.nll_nats for d in found.documents) / 32)
     assert found.summary()["perplexity"] == pytest.approx(math.exp(found.nats_per_token))
-    assert found.rows()[1] == {"document": "d1", "nll": found.documents[1].nll_nats, "tokens": 2, "bytes": 6}
+    second = found.documents[1]
+    assert found.rows()[1] == {
+        "document": "d1", "nll": second.nll_nats, "tokens": 2, "bytes": 6, "window_nll": [second.nll_nats],
+        "window_tokens": [2],
+    }  # fmt: skip
+
+
+def test_windows_of_a_document_stand_in_the_order_of_its_text(model: PreTrainedModel) -> None:
+    split = split_of(21, 3)
+    (first, second) = perplexity(model, split, context=8, stride=3, batch_size=4).rows()
+    assert first["window_tokens"] == [8, 3, 3, 3, 3, 1]
+    assert second["window_tokens"] == [3]
+    # What a document's first windows say does not depend on what follows.
+    (cut,) = perplexity(model, split, context=8, stride=3, batch_size=4, max_tokens=14).rows()
+    assert cut["window_nll"] == pytest.approx(first["window_nll"][:3])
 
 
 def test_a_document_begins_as_the_model_expects() -> None:

@@ -7,7 +7,7 @@ first token follows a start token; the last window is moved back to end with its
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from typing import Any
@@ -46,16 +46,36 @@ class PerplexityConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DocumentLoss:
-    """Summed negative log-likelihood of a document's scored tokens; `num_bytes` is None where it was cut short."""
+    """Negative log-likelihood of a document's scored tokens, summed per window, in the order of the text.
+
+    `num_bytes` is None where the document was cut short.
+    """
 
     id: str
-    nll_nats: float
-    num_tokens: int
+    window_nll_nats: tuple[float, ...]
+    window_tokens: tuple[int, ...]
     num_bytes: int | None
 
+    @property
+    def nll_nats(self) -> float:
+        """Sum over all scored tokens."""
+        return sum(self.window_nll_nats)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens scored."""
+        return sum(self.window_tokens)
+
     def row(self) -> dict[str, Any]:
-        """This document as a row of `documents.parquet`."""
-        return {"document": self.id, "nll": self.nll_nats, "tokens": self.num_tokens, "bytes": self.num_bytes}
+        """This document as a row of `documents.parquet`; the windows are what few long documents are resampled by."""
+        return {
+            "document": self.id,
+            "nll": self.nll_nats,
+            "tokens": self.num_tokens,
+            "bytes": self.num_bytes,
+            "window_nll": list(self.window_nll_nats),
+            "window_tokens": list(self.window_tokens),
+        }
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -136,25 +156,23 @@ def perplexity(
     start = _start_of(model, split) if start_id is None else start_id
     taken = _taken(split, max_tokens)
     documents = [_tokens(split, index, count, start) for index, count in enumerate(taken)]
-    windows = [
-        window for index, count in enumerate(taken) for window in windows_of(index, count, context, stride or context)
-    ]
+    by_document = [list(windows_of(index, count, context, stride or context)) for index, count in enumerate(taken)]
+    windows = [window for of_one in by_document for window in of_one]
     batch_size = independent_batch_size(model, batch_size)
-    nll = [0.0] * len(documents)
+    nll: dict[Window, float] = {}
     was_training = model.training
     model.eval()
     try:
         done = 0
         for batch in _batches(windows, batch_size):
-            for window, loss in zip(batch, _losses(model, documents, batch), strict=True):
-                nll[window.document] += loss
+            nll.update(zip(batch, _losses(model, documents, batch), strict=True))
             done += len(batch)
             if progress is not None:
                 progress(done, len(windows))
     finally:
         model.train(was_training)
     return Perplexity(
-        documents=tuple(_document(split, index, count, nll[index]) for index, count in enumerate(taken)),
+        documents=tuple(_document(split, of_one, nll) for of_one in by_document),
         protocol={
             **asdict(config),
             "stride": stride or context,
@@ -228,9 +246,11 @@ def _losses(model: PreTrainedModel, documents: Sequence[Tensor], batch: Sequence
         yield loss
 
 
-def _document(split: TokenSplit, index: int, count: int, nll_nats: float) -> DocumentLoss:
-    document = split.documents[index]
-    whole = count == document.num_tokens
+def _document(split: TokenSplit, windows: Sequence[Window], nll: Mapping[Window, float]) -> DocumentLoss:
+    document = split.documents[windows[0].document]
     return DocumentLoss(
-        id=document.id, nll_nats=nll_nats, num_tokens=count, num_bytes=document.num_bytes if whole else None
+        id=document.id,
+        window_nll_nats=tuple(nll[window] for window in windows),
+        window_tokens=tuple(window.scored for window in windows),
+        num_bytes=document.num_bytes if windows[-1].end == document.num_tokens else None,
     )

@@ -43,7 +43,7 @@ __all__ = [
 
 SCHEMA_VERSION = 1
 RECORD_FILE = "record.json"
-DOCUMENTS_FILE = "documents.parquet"  # arm, budget, document, nll (nats), tokens, bytes
+DOCUMENTS_FILE = "documents.parquet"  # arm, budget, document, nll (nats), tokens, bytes, window_nll, window_tokens
 ITEMS_FILE = "items.parquet"  # arm, budget, task, item, gold, option_loglik
 
 Arm = Literal["adapted", "learned_router", "oracle_router", "random_router", "all_blocks", "dense", "prepared_dense"]
