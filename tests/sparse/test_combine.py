@@ -33,6 +33,8 @@ def looped_weights(routing: Routing, score_TB: Tensor, weight: str, scale: str) 
             n = len(chosen)
             factor = {
                 "one": 1.0,
+                "count": float(n),
+                "total": float(NUM_BLOCKS),
                 "ratio": NUM_BLOCKS / n,
                 "floor_ratio": float(NUM_BLOCKS // n),
                 "sqrt_ratio": math.sqrt(NUM_BLOCKS / n),
@@ -41,7 +43,7 @@ def looped_weights(routing: Routing, score_TB: Tensor, weight: str, scale: str) 
     return expected_TB
 
 
-@pytest.mark.parametrize("scale", ["one", "ratio", "floor_ratio", "sqrt_ratio"])
+@pytest.mark.parametrize("scale", ["one", "count", "total", "ratio", "floor_ratio", "sqrt_ratio"])
 @pytest.mark.parametrize("weight", ["one", "score", "renormalised"])
 @pytest.mark.parametrize("select", [TopK(k=2), TopK(k=0), Threshold(tau=0.6), AllBlocks()], ids=repr)
 def test_weights_against_a_loop(select: object, weight: str, scale: str) -> None:
@@ -59,6 +61,8 @@ def test_weights_against_a_loop(select: object, weight: str, scale: str) -> None
         ("floor_ratio", 4, {0: 1, 1: 4, 2: 2, 3: 1, 4: 1}),
         ("floor_ratio", 8, {3: 2}),
         ("ratio", 4, {0: 1, 3: 4 / 3, 4: 1}),
+        ("count", 4, {0: 0, 1: 1, 3: 3}),
+        ("total", 4, {0: 4, 1: 4, 3: 4}),
         ("sqrt_ratio", 4, {0: 1, 1: 2, 2: math.sqrt(2), 4: 1}),
     ],
 )

@@ -28,8 +28,9 @@ class Combine:
     """How the outputs of active blocks are put together: weight x scale, plus the fill.
 
     `weight`: one, the token's score for the block, or that score over the sum of the token's active scores.
-    `scale`, by the number n of a token's active blocks: one; ratio B/n; floor_ratio B//n; sqrt_ratio sqrt(B/n); fitted,
-    a constant per n found on calibration tokens; learned, one trained number per layer.
+    `scale`, by the number n of a token's active blocks: one; count n (with equal renormalised weights the plain sum);
+    total B; ratio B/n; floor_ratio B//n; sqrt_ratio sqrt(B/n); fitted, a constant per n found on calibration tokens;
+    learned, one trained number per layer.
     `straight_through`: weight one gets the gradient of the score, for selected blocks, or for all of them (dense; needs
     the masked executor in training).
     `fill`: blocks that did not run give nothing (zero), or their mean output on calibration inputs (mean); auto is zero
@@ -37,7 +38,7 @@ class Combine:
     """
 
     weight: Literal["one", "score", "renormalised"] = "one"
-    scale: Literal["one", "ratio", "floor_ratio", "sqrt_ratio", "fitted", "learned"] = "one"
+    scale: Literal["one", "count", "total", "ratio", "floor_ratio", "sqrt_ratio", "fitted", "learned"] = "one"
     straight_through: Literal["none", "selected", "dense"] = "none"
     fill: Literal["zero", "mean", "auto"] = "zero"
 
@@ -141,10 +142,13 @@ class CombineModule(nn.Module):
 
 
 def scale_by_count(count_T: Tensor, num_blocks: int, rule: str) -> Tensor:
-    """float32 (T,): B/n (rule ratio), B//n (floor_ratio) or sqrt(B/n) (sqrt_ratio) for tokens with n active blocks.
-
-    Tokens without a block get 1.
+    """float32 (T,), for tokens with n active blocks: n (rule count), B (total), B/n (ratio), B//n (floor_ratio) or
+    sqrt(B/n) (sqrt_ratio). Ratios of tokens without a block are 1.
     """
+    if rule == "count":
+        return count_T.float()
+    if rule == "total":
+        return torch.full_like(count_T, num_blocks, dtype=torch.float32)
     count_T = torch.where(count_T > 0, count_T, num_blocks)
     if rule == "floor_ratio":
         return (num_blocks // count_T).float()
