@@ -168,15 +168,20 @@ def _record(plan: Plan, store: Store, plain: dict[str, Any], points: list[rec.Po
 
 
 def _adaptation(plan: Plan, store: Store) -> rec.Adaptation:
-    """Tokens and steps that one adapted model saw; wall time of all budgets' phases together."""
-    budgets = plan.method.budgets or (None,)
-    chains = [[stage for _, stage in plan.phase_models(budget)] for budget in budgets]
-    facts = {stage.identity: _facts(store, stage) for chain in chains for stage in chain}
-    last = [facts[stage.identity] for stage in chains[-1]]
+    """Tokens and steps that one adapted model saw; wall time and facts of all budgets' phases together."""
+    names = [name for name, _ in plan.method.active_phases()]
+    facts: dict[str, dict[str, Any]] = {}
+    last: list[dict[str, Any]] = []
+    for budget in plan.method.budgets or (None,):
+        last = []
+        for name, (phase, stage) in zip(names, plan.phase_models(budget), strict=True):
+            own = budget if plan.method.tied_to_budget(phase) else None
+            last.append(facts.setdefault(stage.identity, {"phase": name, "budget": own, **_facts(store, stage)}))
     return rec.Adaptation(
         tokens=sum(fact.get("tokens", 0) for fact in last),
         steps=sum(fact.get("steps", 0) for fact in last),
         wall_seconds=sum(fact.get("wall_seconds", 0.0) for fact in facts.values()),
+        phases=list(facts.values()),
     )
 
 

@@ -95,11 +95,15 @@ class StageUse:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Adaptation:
-    """What training after the cut took; all zero where nothing was trained."""
+    """What training after the cut took; all zero where nothing was trained.
+
+    `phases` are the facts that each phase reported, with its name and the budget it ran for (null: for all of them).
+    """
 
     tokens: int = 0
     steps: int = 0
     wall_seconds: float = 0.0
+    phases: list[dict[str, Any]] = field(default_factory=list)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -198,10 +202,14 @@ class Speed:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RoutingUse:
-    """Assignments per layer and block over the evaluated tokens, and the share of FFN neurons that ran per layer."""
+    """Assignments per layer and block over the evaluated tokens, and the share of FFN neurons that ran per layer.
+
+    `notes_L` are figures that the selection noted, by name (a capacity, a kept share): per layer, the mean over tokens.
+    """
 
     counts_LB: list[list[int]]
     active_frac_L: list[float]
+    notes_L: dict[str, list[float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if len(self.counts_LB) != len(self.active_frac_L):
