@@ -11,7 +11,7 @@ from moesaic.sparse.select import AllBlocks, DynamicK, Prefix, TopK
 
 @pytest.mark.parametrize(("num_tokens", "num_blocks", "k"), [(8, 4, 1), (8, 4, 3), (1, 4, 2), (5, 3, 2), (4, 4, 4)])
 def test_balanced_deals_blocks_round(num_tokens: int, num_blocks: int, k: int) -> None:
-    routing = Balanced(k=k)(torch.randn(num_tokens, num_blocks), training=False)
+    routing = Balanced(k=k)(torch.randn(num_tokens, num_blocks))
     assert routing.count_T().tolist() == [k] * num_tokens
     assert int(routing.counts_B.max() - routing.counts_B.min()) <= 1
 

@@ -10,7 +10,7 @@ from toys import tiny_model
 
 from moesaic.evaluate.batching import independent_batch_size
 from moesaic.sparse.routing import Routing
-from moesaic.sparse.select import Selection, TopK
+from moesaic.sparse.select import RoutingContext, Selection, TopK
 
 
 class ExpertChoice(Selection):
@@ -18,7 +18,7 @@ class ExpertChoice(Selection):
 
     causal: ClassVar[bool] = False
 
-    def __call__(self, score_TB: Tensor, *, training: bool) -> Routing:
+    def __call__(self, score_TB: Tensor, context: RoutingContext | None = None) -> Routing:
         best_B = score_TB.argmax(dim=0)
         active_TB = torch.zeros_like(score_TB, dtype=torch.bool)
         return Routing.from_mask(active_TB.index_put((best_B, torch.arange(len(best_B))), torch.tensor(True)))

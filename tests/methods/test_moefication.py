@@ -47,7 +47,7 @@ def mass_of(model, calibration, k: int = 2) -> list[float]:
     masses = []
     for index, layer in enumerate(sparse_layers(model)):
         x_TD = calibration.inputs_TD(index)
-        active_TB = TopK(k=k)(layer.score(x_TD, layer.experts), training=False).active_TB()
+        active_TB = TopK(k=k)(layer.score(x_TD, layer.experts)).active_TB()
         masses.append(captured_mass(expert_targets(layer.experts, x_TD, "l1"), active_TB))
     return masses
 

@@ -48,7 +48,7 @@ def looped_weights(routing: Routing, score_TB: Tensor, weight: str, scale: str) 
 @pytest.mark.parametrize("select", [TopK(k=2), TopK(k=0), Threshold(tau=0.6), AllBlocks()], ids=repr)
 def test_weights_against_a_loop(select: object, weight: str, scale: str) -> None:
     score_TB = scores()
-    routing = select(score_TB, training=False)
+    routing = select(score_TB)
     combined = Combine(weight=weight, scale=scale).build(8, NUM_BLOCKS)(routing, score_TB)
     torch.testing.assert_close(combined.weight_TB(), looped_weights(routing, score_TB, weight, scale))
     assert torch.equal(combined.counts_B, routing.counts_B)
@@ -73,7 +73,7 @@ def test_scales_of_the_method_pages(rule: str, num_blocks: int, expected: dict[i
 
 def test_fitted_scale_is_looked_up_by_a_tokens_own_count() -> None:
     score_TB = scores()
-    routing = Threshold(tau=0.6)(score_TB, training=False)
+    routing = Threshold(tau=0.6)(score_TB)
     module = Combine(scale="fitted").build(8, NUM_BLOCKS)
     torch.testing.assert_close(module(routing, score_TB).weight_N, torch.ones_like(routing.weight_N))
     module.scale_X.copy_(torch.tensor([1.0, 1.9, 1.4, 1.2, 1.0]))
@@ -88,7 +88,7 @@ def test_fitted_scale_is_looked_up_by_a_tokens_own_count() -> None:
 def test_learned_scale_starts_at_one_and_gets_a_gradient() -> None:
     score_TB = scores()
     module = Combine(scale="learned").build(8, NUM_BLOCKS)
-    combined = module(TopK(k=2)(score_TB, training=True), score_TB)
+    combined = module(TopK(k=2)(score_TB), score_TB)
     assert (combined.weight_N == 1).all()
     combined.weight_N.sum().backward()
     assert module.scale.grad.item() == 20
@@ -102,7 +102,7 @@ def test_straight_through_is_bitwise_one_forward_and_reaches_the_router(
     logits_TB = (10 * scores()).requires_grad_()
     score_TB = activation(logits_TB)
     module = Combine(straight_through=straight_through).build(8, NUM_BLOCKS).train()
-    routing = TopK(k=2)(score_TB, training=True)
+    routing = TopK(k=2)(score_TB)
     combined = module(routing, score_TB)
     assert torch.equal(combined.weight_TB(), routing.active_TB().float())
     assert torch.equal(combined.counts_B, routing.counts_B)
@@ -116,7 +116,7 @@ def test_straight_through_gradients_of_scores() -> None:
     effect_TB = torch.randn(10, NUM_BLOCKS, generator=torch.Generator().manual_seed(1))
     for straight_through, everywhere in (("selected", False), ("dense", True)):
         score_TB = scores().requires_grad_()
-        routing = TopK(k=2)(score_TB, training=True)
+        routing = TopK(k=2)(score_TB)
         module = Combine(straight_through=straight_through, scale="ratio").build(8, NUM_BLOCKS)
         (module(routing, score_TB).weight_TB() * effect_TB).sum().backward()
         reached_TB = torch.ones_like(score_TB) if everywhere else routing.active_TB().float()
@@ -133,7 +133,7 @@ def test_the_other_brackets_would_round() -> None:
 def test_dense_straight_through_runs_on_the_masked_executor_and_reaches_unselected_blocks() -> None:
     experts, x_TD = random_experts(random_ffn(), NUM_BLOCKS), random_inputs(10)
     score_TB = scores().requires_grad_()
-    routing = TopK(k=1)(score_TB, training=True)
+    routing = TopK(k=1)(score_TB)
     combined = Combine(straight_through="dense").build(8, NUM_BLOCKS)(routing, score_TB)
     y_TD = masked(x_TD, experts, combined)
     torch.testing.assert_close(y_TD, masked(x_TD, experts, routing))
@@ -143,7 +143,7 @@ def test_dense_straight_through_runs_on_the_masked_executor_and_reaches_unselect
 
 def test_no_straight_through_no_gradient() -> None:
     score_TB = scores().requires_grad_()
-    combined = Combine().build(8, NUM_BLOCKS)(TopK(k=2)(score_TB, training=True), score_TB)
+    combined = Combine().build(8, NUM_BLOCKS)(TopK(k=2)(score_TB), score_TB)
     assert not combined.weight_N.requires_grad
 
 
@@ -154,18 +154,16 @@ def test_the_trap_of_one_selected_block() -> None:
     assert logits_TB.grad.count_nonzero() == 0
     logits_TB.grad = None
     score_TB = logits_TB.softmax(1)
-    combined = Combine(weight="renormalised").build(8, NUM_BLOCKS)(TopK(k=1)(score_TB, training=True), score_TB)
+    combined = Combine(weight="renormalised").build(8, NUM_BLOCKS)(TopK(k=1)(score_TB), score_TB)
     (combined.weight_N * torch.arange(10.0)).sum().backward()
     assert logits_TB.grad.abs().max() < 1e-5
 
 
 def test_scores_as_weights_train_the_router() -> None:
     score_TB = scores().requires_grad_()
-    combined = Combine(weight="score", scale="sqrt_ratio").build(8, NUM_BLOCKS)(
-        TopK(k=1)(score_TB, training=True), score_TB
-    )
+    combined = Combine(weight="score", scale="sqrt_ratio").build(8, NUM_BLOCKS)(TopK(k=1)(score_TB), score_TB)
     combined.weight_N.sum().backward()
-    torch.testing.assert_close(score_TB.grad, 2.0 * TopK(k=1)(score_TB, training=True).active_TB())
+    torch.testing.assert_close(score_TB.grad, 2.0 * TopK(k=1)(score_TB).active_TB())
 
 
 @pytest.mark.parametrize("gated", [True, False])
@@ -177,7 +175,7 @@ def test_mean_fill_is_dense_with_all_blocks_and_the_mean_dense_output_with_none(
     score_TB = torch.rand(30, NUM_BLOCKS, generator=torch.Generator().manual_seed(0))
     mean_BD = block_outputs(experts, x_TD).mean(0).float()
     for k in range(NUM_BLOCKS + 1):
-        routing = TopK(k=k)(score_TB, training=False)
+        routing = TopK(k=k)(score_TB)
         fill_TD = module.fill(module(routing, score_TB))
         for token in range(30):
             idle = ~routing.active_TB()[token]
@@ -191,14 +189,14 @@ def test_fill_with_dense_straight_through_is_that_of_the_selected_blocks() -> No
     module = Combine(fill="mean", straight_through="dense").build(8, NUM_BLOCKS)
     module.mean_BD.copy_(random_inputs(NUM_BLOCKS))
     score_TB = scores()
-    routing = TopK(k=2)(score_TB, training=True)
+    routing = TopK(k=2)(score_TB)
     torch.testing.assert_close(module.fill(module(routing, score_TB)), module.fill(routing))
 
 
 def test_zero_fill_has_no_buffers_and_no_output() -> None:
     module = Combine().build(8, NUM_BLOCKS)
     module.initialise(random_experts(random_ffn(), NUM_BLOCKS), random_inputs(5))
-    assert module.fill(TopK(k=1)(scores(), training=False)) is None
+    assert module.fill(TopK(k=1)(scores())) is None
     assert not module.state_dict()
 
 

@@ -23,7 +23,7 @@ from moesaic.sparse.score import (
     TanhMLP,
     block_centroids,
 )
-from moesaic.sparse.select import AllBlocks, Threshold, TopK
+from moesaic.sparse.select import AllBlocks, RoutingContext, Threshold, TopK
 from moesaic.sparse.targets import captured_mass, expert_targets
 
 NUM_BLOCKS = 6
@@ -204,7 +204,7 @@ def test_plain_relu_without_bias_chooses_the_same_blocks_for_a_scaled_input(scor
     experts, x_TD = plain_experts(), random_inputs(40)
     module = built(score, experts)
     for k in (1, 3):
-        routed, scaled = (TopK(k=k)(module(c * x_TD, experts), training=False) for c in (1.0, 3.7))
+        routed, scaled = (TopK(k=k)(module(c * x_TD, experts)) for c in (1.0, 3.7))
         assert torch.equal(routed.active_TB(), scaled.active_TB())
         y_TD, y_scaled_TD = masked(x_TD, experts, routed), masked(3.7 * x_TD, experts, scaled)
         torch.testing.assert_close(y_scaled_TD, 3.7 * y_TD)
@@ -217,7 +217,7 @@ def test_plain_relu_without_bias_chooses_the_same_blocks_for_a_scaled_input(scor
 )
 def test_with_bias_or_gate_scale_matters_to_the_oracle(experts: Experts) -> None:
     x_TD, module = random_inputs(40), built(Oracle(target="positive"), experts)
-    routed, scaled = (TopK(k=2)(module(c * x_TD, experts), training=False).active_TB() for c in (1.0, 0.1))
+    routed, scaled = (TopK(k=2)(module(c * x_TD, experts)).active_TB() for c in (1.0, 0.1))
     assert not torch.equal(routed, scaled)
 
 
@@ -229,9 +229,9 @@ def test_oracle_on_relu_is_dense_once_every_block_with_mass_runs() -> None:
     assert with_mass_T.max() < 24
     for token in range(30):
         x_1D, y_1D = x_TD[token : token + 1], ffn(x_TD[token : token + 1])
-        enough = TopK(k=int(with_mass_T[token]))(logits_TB[token : token + 1], training=False)
+        enough = TopK(k=int(with_mass_T[token]))(logits_TB[token : token + 1])
         torch.testing.assert_close(masked(x_1D, experts, enough), y_1D)
-        too_few = TopK(k=int(with_mass_T[token]) - 1)(logits_TB[token : token + 1], training=False)
+        too_few = TopK(k=int(with_mass_T[token]) - 1)(logits_TB[token : token + 1])
         assert not torch.allclose(masked(x_1D, experts, too_few), y_1D)
 
 
@@ -249,7 +249,7 @@ def test_subset_oracle_is_nearest_to_the_dense_output(scale: float) -> None:
     assert isinstance(module, JointScoreModule)
     out_TBD = block_outputs(experts, x_TD)
     for k in range(NUM_BLOCKS + 1):
-        routing, logits_TB = module.route(x_TD, experts, TopK(k=k))
+        routing, logits_TB = module.route(x_TD, experts, TopK(k=k), RoutingContext(num_blocks=NUM_BLOCKS))
         assert (routing.count_T() == k).all()
         torch.testing.assert_close(logits_TB, module(x_TD, experts))
 
@@ -257,19 +257,19 @@ def test_subset_oracle_is_nearest_to_the_dense_output(scale: float) -> None:
             return (out_TBD.sum(1) - scale * (out_TBD * active_TB[:, :, None]).sum(1)).square().sum(1)
 
         for other in (Oracle(target="output_norm"), RandomScore(), Linear()):
-            rival = TopK(k=k)(built(other, experts)(x_TD, experts), training=False)
+            rival = TopK(k=k)(built(other, experts)(x_TD, experts))
             assert (error_T(routing.active_TB()) <= error_T(rival.active_TB()) + 1e-6).all()
 
 
 def test_subset_oracle_with_all_blocks_and_with_a_selection_that_has_no_k() -> None:
     experts, x_TD = random_experts(random_ffn(), NUM_BLOCKS), random_inputs(5)
     module = built(SubsetOracle(), experts)
-    routing, _ = module.route(x_TD, experts, AllBlocks())
+    routing, _ = module.route(x_TD, experts, AllBlocks(), RoutingContext(num_blocks=NUM_BLOCKS))
     assert routing.active_TB().all()
     with pytest.raises(ValueError, match=r"needs a fixed k, but select is Threshold\. Use TopK"):
-        module.route(x_TD, experts, Threshold(tau=0.0))
+        module.route(x_TD, experts, Threshold(tau=0.0), RoutingContext(num_blocks=NUM_BLOCKS))
     with pytest.raises(ValueError, match=r"chooses every block, but select\.always=1\. Use Oracle"):
-        module.route(x_TD, experts, TopK(k=2, always=1))
+        module.route(x_TD, experts, TopK(k=2, always=1), RoutingContext(num_blocks=NUM_BLOCKS))
 
 
 def test_random_scores_depend_on_the_token_alone() -> None:
@@ -301,7 +301,7 @@ def test_random_scores_are_uniform_and_independent_between_blocks_and_tokens() -
 def test_random_routing_gives_every_block_k_over_b_of_the_tokens_and_captures_k_over_b_of_the_mass(k: int) -> None:
     experts, x_TD = random_experts(random_ffn(dim=32, width=24), NUM_BLOCKS), random_inputs(4000, 32)
     target_TB = expert_targets(experts, x_TD, "l1")
-    active_TB = TopK(k=k)(built(RandomScore(), experts)(x_TD, experts), training=False).active_TB()
+    active_TB = TopK(k=k)(built(RandomScore(), experts)(x_TD, experts)).active_TB()
     torch.testing.assert_close(active_TB.float().mean(0), torch.full((NUM_BLOCKS,), k / NUM_BLOCKS), atol=0.03, rtol=0)
     assert captured_mass(target_TB, active_TB) == pytest.approx(k / NUM_BLOCKS, abs=0.02)
 
@@ -310,8 +310,7 @@ def test_any_token_even_a_zero_one_meets_every_block_over_seeds() -> None:
     experts = random_experts(random_ffn(), NUM_BLOCKS)
     x_TD = torch.cat([torch.zeros(1, 8), random_inputs(1)])
     count_TB = sum(
-        TopK(k=2)(built(RandomScore(), experts, seed=seed)(x_TD, experts), training=False).active_TB().float()
-        for seed in range(1500)
+        TopK(k=2)(built(RandomScore(), experts, seed=seed)(x_TD, experts)).active_TB().float() for seed in range(1500)
     )
     torch.testing.assert_close(count_TB / 1500, torch.full((2, NUM_BLOCKS), 2 / NUM_BLOCKS), atol=0.05, rtol=0)
 

@@ -63,13 +63,10 @@ def scores() -> Tensor:
     return grid_TB
 
 
-@pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize(("select", "expected"), RULES, ids=[repr(rule) for rule, _ in RULES])
-def test_against_a_loop_over_tokens(
-    select: Selection, expected: Callable[[list[float]], set[int]], training: bool
-) -> None:
+def test_against_a_loop_over_tokens(select: Selection, expected: Callable[[list[float]], set[int]]) -> None:
     score_TB = scores()
-    routing = select(score_TB, training=training)
+    routing = select(score_TB)
     for token, row in enumerate(score_TB.tolist()):
         assert set(routing.block_N[routing.token_N == token].tolist()) == expected(row), row
     assert (routing.num_tokens, routing.num_blocks) == (60, 6)
@@ -79,7 +76,7 @@ def test_against_a_loop_over_tokens(
 
 @pytest.mark.parametrize("select", [rule for rule, _ in RULES], ids=repr)
 def test_no_tokens(select: Selection) -> None:
-    routing = select(torch.zeros(0, 6), training=False)
+    routing = select(torch.zeros(0, 6))
     assert routing.counts_B.tolist() == [0] * 6
 
 
@@ -90,19 +87,19 @@ def test_top_blocks_are_ordered_and_ties_go_to_the_lowest_index_in_wide_rows_too
 
 def test_all_positive_scores_run_at_p_one_however_small() -> None:
     tiny_TB = torch.tensor([[1.0, 1e-30, 0.0, 1e-20]])
-    assert CumulativeProbability(p=1.0)(tiny_TB, training=False).active_TB().tolist() == [[True, True, False, True]]
+    assert CumulativeProbability(p=1.0)(tiny_TB).active_TB().tolist() == [[True, True, False, True]]
 
 
 def test_dynamic_k_never_leaves_a_token_without_a_block_and_ignores_a_tokens_scale() -> None:
     generator = torch.Generator().manual_seed(1)
     score_TB = torch.rand(20, 6, generator=generator)
-    sizes = [DynamicK(tau=tau / 10)(score_TB, training=False).count_T() for tau in range(11)]
+    sizes = [DynamicK(tau=tau / 10)(score_TB).count_T() for tau in range(11)]
     assert all((later <= earlier).all() for earlier, later in pairwise(sizes))
     assert (sizes[-1] == 1).all()
-    assert (DynamicK(tau=0.5)(-score_TB, training=False).count_T() >= 1).all()
+    assert (DynamicK(tau=0.5)(-score_TB).count_T() >= 1).all()
     scaled_TB = score_TB * 8.0  # a power of two, so that rounding stays out of it
-    active = DynamicK(tau=0.5)(score_TB, training=False).active_TB()
-    assert torch.equal(active, DynamicK(tau=0.5)(scaled_TB, training=False).active_TB())
+    active = DynamicK(tau=0.5)(score_TB).active_TB()
+    assert torch.equal(active, DynamicK(tau=0.5)(scaled_TB).active_TB())
 
 
 @pytest.mark.parametrize(
@@ -172,4 +169,4 @@ def test_only_rules_that_ignore_scores_are_static_and_then_run_a_prefix() -> Non
         assert (width is not None) == isinstance(rule, AllBlocks | Prefix)
         if width is not None:
             expected_TB = (torch.arange(6) < width).expand(60, 6)
-            assert torch.equal(rule(score_TB, training=False).active_TB(), expected_TB)
+            assert torch.equal(rule(score_TB).active_TB(), expected_TB)

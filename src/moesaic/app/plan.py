@@ -119,8 +119,20 @@ class Plan:
 
     def evaluation(self, point: Point) -> Stage:
         """Quality and cost of `point`."""
-        calibration = self.calibration if point.arm in ("oracle_router", "random_router") else None
-        return stages.evaluate(self.config, point.arm, point.budget, point.model, self.tokens("heldout"), calibration)
+        control = point.arm in ("oracle_router", "random_router")
+        matched = None
+        if control and isinstance(self.method, SparseMethod) and self.method.select.adaptive:
+            own = Point(arm="adapted", budget=point.budget, model=self.adapted(point.budget), timed=False)
+            matched = self.evaluation(own)
+        return stages.evaluate(
+            self.config,
+            point.arm,
+            point.budget,
+            point.model,
+            self.tokens("heldout"),
+            self.calibration if control else None,
+            matched,
+        )
 
     def timing(self, point: Point) -> Stage:
         """Speed of `point`, interleaved with the dense backbone."""

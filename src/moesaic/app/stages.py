@@ -172,10 +172,7 @@ def adapt(
         # Training moves float32 weights; what is saved has the backbone's dtype again, routers excepted.
         job = _adapt_job(config, net.float(), parents[1], cached, folder, label)
         facts = phase.run(job)
-        torch.nn.Module.to(net, dtype)
-        for layer in sparse_layers(net):
-            if layer.score is not None:
-                layer.score.float()
+        cast_weights(net, dtype)
         save_model(net, tokenizer, folder, facts)
 
     counted: dict[str, Any] = {"phase": phase, "budget": budget, "context": config.adapt.context, "seed": config.seed}
@@ -193,8 +190,12 @@ def evaluate(
     model: Stage,
     heldout: Stage,
     calibration: Stage | None,
+    matched: Stage | None = None,
 ) -> Stage:
-    """Quality, cost and routing statistics of one arm at one budget."""
+    """Quality, cost and routing statistics of one arm at one budget.
+
+    `matched` is the evaluation of the adapted model whose active shares a control is given.
+    """
     method, settings = config.method, config.evaluate
     tasks = settings.tasks if arm in ("adapted", "dense") else {}
 
@@ -202,7 +203,8 @@ def evaluate(
         net, tokenizer = load_any(parents[0])
         if isinstance(method, SparseMethod) and sparse_layers(net):
             cached = Calibration.load(parents[2]) if calibration is not None else None
-            apply_arm(net, arm, method, cast(float, budget), cached, config.seed)
+            share_L = read_json(parents[3] / QUALITY_FILE)["routing"]["active_frac_L"] if matched is not None else None
+            apply_arm(net, arm, method, cast(float, budget), cached, config.seed, active_frac_L=share_L)
         split = TokenSplit.load(parents[1])
         label = f"{arm} {_label(method.name, budget)}"
         result: dict[str, Any] = {}
@@ -212,10 +214,7 @@ def evaluate(
         reference = read_anatomy(config.backbone.skeleton(), config.backbone.ffn)
         result["cost"] = cost_record(reference, read_anatomy(net, config.backbone.ffn), blocks_L=blocks_L)
         if sparse_layers(net):
-            result["routing"] = {
-                "counts_LB": [c.tolist() for c in counts.counts_LB()],
-                "active_frac_L": counts.active_frac_L(),
-            }
+            result["routing"] = counts.summary()
         result["quality"], result["protocol"] = loss.summary(), {"perplexity": loss.protocol}
         pd.DataFrame(loss.rows()).to_parquet(folder / DOCUMENTS_FILE)
         rows: list[dict[str, Any]] = []
@@ -244,7 +243,8 @@ def evaluate(
     if isinstance(method, SparseMethod) and arm != "dense":
         counted |= {"select": method.select, "seed": config.seed}
         counted |= {"oracle": method.oracle} if arm == "oracle_router" else {}
-    parents = (model, heldout) if calibration is None else (model, heldout, calibration)
+        counted |= {"random": method.random} if arm == "random_router" else {}
+    parents = (model, heldout, *(stage for stage in (calibration, matched) if stage is not None))
     label = "dense" if arm == "dense" else f"{_label(method.name, budget)}-{arm}"
     return Stage(name="evaluate", label=label, config=counted, parents=parents, compute=compute)
 
@@ -294,6 +294,20 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
     tokenizer.save_pretrained(folder)
     write_json_atomic(folder / FACTS_FILE, facts)
     (folder / "last.ckpt").unlink(missing_ok=True)
+
+
+def cast_weights(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Give every weight `dtype` but those that routing depends on: they stay float32, bit for bit."""
+    kept = [
+        part
+        for layer in sparse_layers(model)
+        for part in (layer.score, layer.select_state, layer.combine)
+        if part is not None
+    ]
+    exact = [{name: tensor.clone() for name, tensor in part.state_dict().items()} for part in kept]
+    torch.nn.Module.to(model, dtype)
+    for part, state in zip(kept, exact, strict=True):
+        part.float().load_state_dict(state)
 
 
 def read_json(path: Path) -> dict[str, Any]:

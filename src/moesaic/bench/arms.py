@@ -19,7 +19,7 @@ from moesaic.bench.cost import Load
 from moesaic.sparse.executors import AUTO, EXECUTORS
 from moesaic.sparse.layer import RoutingRecord, SparseFFN, sparse_layers
 from moesaic.sparse.routing import Routing
-from moesaic.sparse.select import AllBlocks, Selection
+from moesaic.sparse.select import AllBlocks, RoutingContext, Selection
 from moesaic.sparse.trace import observe_routing
 
 __all__ = ["Balanced", "LayerUse", "OwnArm", "control_arm", "observe", "own_arm"]
@@ -33,9 +33,9 @@ class Balanced(Selection):
 
     knob: ClassVar[str] = "k"
 
-    def __call__(self, score_TB: Tensor, *, training: bool) -> Routing:
-        num_tokens, num_blocks = score_TB.shape
-        position_TK = torch.arange(num_tokens * self.k, device=score_TB.device).view(num_tokens, self.k)
+    def __call__(self, score_TX: Tensor, context: RoutingContext | None = None) -> Routing:
+        num_tokens, num_blocks = score_TX.shape[0], score_TX.shape[1] if context is None else context.num_blocks
+        position_TK = torch.arange(num_tokens * self.k, device=score_TX.device).view(num_tokens, self.k)
         return Routing.from_topk(position_TK % num_blocks, None, num_blocks)
 
 

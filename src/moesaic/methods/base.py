@@ -6,7 +6,8 @@ Shapes: T tokens, D model dim, B blocks.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -25,11 +26,21 @@ from moesaic.sparse.experts import Experts
 from moesaic.sparse.layer import SparseFFN, sparse_layers
 from moesaic.sparse.model import convert_model
 from moesaic.sparse.partition import Partition
-from moesaic.sparse.score import Score
+from moesaic.sparse.score import RandomScore, Score
 from moesaic.sparse.select import AllBlocks, Selection
 from moesaic.sparse.stats import NeuronStats
 
-__all__ = ["AdaptJob", "ConvertJob", "Method", "Phase", "Prepare", "SparseMethod", "layer_generator", "select_blocks"]
+__all__ = [
+    "AdaptJob",
+    "ConvertJob",
+    "Method",
+    "Phase",
+    "Prepare",
+    "SparseMethod",
+    "layer_generator",
+    "routed_by",
+    "select_blocks",
+]
 
 
 @dataclass(kw_only=True, slots=True)
@@ -144,6 +155,7 @@ class SparseMethod(Method):
     select: Selection
     combine: Combine
     oracle: Score  # the upper bound that the `oracle_router` control uses
+    random: Score = field(default_factory=RandomScore)  # what knows nothing, for the `random_router` control
     adapt_each_budget: bool  # True: phases that see the selection run once per budget; False: once, at `select`
     executor: str = "auto"
 
@@ -166,8 +178,21 @@ class SparseMethod(Method):
         return self.select if budget is None else self.select.with_budget(budget)
 
     def __post_init__(self) -> None:
+        num_blocks = self.partition.num_blocks
         for selection in (self.select, *(self.select.with_budget(budget) for budget in self.budgets)):
-            selection.check(self.partition.num_blocks)
+            selection.check(num_blocks)
+        wanted = self.select.num_scores(num_blocks)
+        for name, score in (("score", self.score), ("oracle", self.oracle), ("random", self.random)):
+            if score.num_scores(num_blocks) != wanted:
+                raise ValueError(
+                    f"{name} gives {score.num_scores(num_blocks)} scores a token, but select="
+                    f"{type(self.select).__name__} wants {wanted}. Make the two fit."
+                )
+        if self.select.adaptive and not self.calibration_tokens:
+            raise ValueError(
+                f"calibration_tokens=0, but how many blocks {type(self.select).__name__} runs depends on scores: the "
+                "controls are matched to it on calibration tokens. Set calibration_tokens above 0."
+            )
 
     def check_width(self, width: int) -> None:
         self.partition.check_width(width)
@@ -197,6 +222,22 @@ class SparseMethod(Method):
 def layer_generator(seed: int, layer: int) -> Generator:
     """A generator for one layer, so that a layer's split does not depend on how many layers came before it."""
     return torch.Generator().manual_seed(seed * 100_003 + layer)
+
+
+@contextmanager
+def routed_by(model: PreTrainedModel, select: Selection, combine: Combine) -> Iterator[None]:
+    """Within the scope every sparse layer selects and combines otherwise: a phase with a routing of its own."""
+    layers = sparse_layers(model)
+    before = [(layer.select, layer.select_state, layer.combine) for layer in layers]
+    for layer in layers:
+        layer.select = select
+        layer.combine = combine.build(layer.experts.dim, layer.experts.num_blocks).to(layer.experts.up_BSD.device)
+    try:
+        yield
+    finally:
+        for layer, (selection, state, combination) in zip(layers, before, strict=True):
+            layer.select, layer.combine = selection, combination
+            layer.select_state = state
 
 
 def select_blocks(model: PreTrainedModel, selection: Selection | Sequence[Selection]) -> None:

@@ -1,12 +1,15 @@
 """Controls: the same converted model with its routing replaced, to tell where quality is lost.
 
 `oracle_router` knows which blocks are best, `random_router` knows nothing, `all_blocks` runs every block with weight 1.
+Shapes: L sparse layers.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
+import torch
 from transformers import PreTrainedModel
 
 from moesaic.methods.base import SparseMethod, layer_generator, select_blocks
@@ -14,7 +17,7 @@ from moesaic.methods.calibration import Calibration
 from moesaic.methods.factorllm import fit_scales
 from moesaic.sparse.combine import Combine
 from moesaic.sparse.layer import sparse_layers
-from moesaic.sparse.score import RandomScore, Score
+from moesaic.sparse.score import Score
 from moesaic.sparse.select import AllBlocks
 
 __all__ = ["Arm", "apply_arm"]
@@ -23,9 +26,19 @@ Arm = Literal["adapted", "learned_router", "oracle_router", "random_router", "al
 
 
 def apply_arm(
-    model: PreTrainedModel, arm: Arm, method: SparseMethod, budget: float, calibration: Calibration | None, seed: int
+    model: PreTrainedModel,
+    arm: Arm,
+    method: SparseMethod,
+    budget: float,
+    calibration: Calibration | None,
+    seed: int,
+    *,
+    active_frac_L: Sequence[float] | None = None,
 ) -> None:
-    """Set `model` to `budget` and, for a control arm, replace its routing; fitted scales are fitted to that routing."""
+    """Set `model` to `budget` and, for a control arm, replace its routing; fitted scales are fitted to that routing.
+
+    `active_frac_L` is what the adapted model ran in each layer: a control of an adaptive selection runs as much.
+    """
     if arm == "all_blocks":
         select_blocks(model, AllBlocks())
         for layer in sparse_layers(model):
@@ -35,9 +48,23 @@ def apply_arm(
     if arm == "oracle_router":
         replace_score(model, method.oracle, seed)
     elif arm == "random_router":
-        replace_score(model, RandomScore(), seed)
+        replace_score(model, method.random, seed)
     if arm in ("oracle_router", "random_router") and calibration is not None:
+        if active_frac_L is not None:
+            match_selection(model, calibration, active_frac_L)
         fit_scales(model, calibration)
+
+
+@torch.no_grad()
+def match_selection(
+    model: PreTrainedModel, calibration: Calibration, active_frac_L: Sequence[float], *, max_tokens: int = 4096
+) -> None:
+    """Give each layer the selection under which it runs its share of blocks on the calibration inputs."""
+    for index, (layer, share) in enumerate(zip(sparse_layers(model), active_frac_L, strict=True)):
+        x_TD = calibration.inputs_TD(index)[:max_tokens].to(layer.experts.up_BSD.dtype)
+        assert layer.score is not None
+        score_TX = layer.score.activate(layer.score(x_TD, layer.experts))
+        layer.select = layer.select.matched(score_TX, share, layer.experts.num_blocks)
 
 
 def replace_score(model: PreTrainedModel, score: Score, seed: int) -> None:

@@ -119,7 +119,7 @@ class RouterRegression(pl.LightningModule):
         for layer, x_TD, kept in zip(self.layers, self.held_LTD, self.kept, strict=True):
             assert layer.score is not None
             chosen = TopK(k=active_count(layer.experts.num_blocks, self.phase.active_frac))
-            active_TB = chosen(self.logits(layer, x_TD), training=False).active_TB()
+            active_TB = chosen(self.logits(layer, x_TD)).active_TB()
             mass = captured_mass(expert_targets(layer.experts, x_TD, self.phase.target), active_TB)
             state = {key: value.detach().clone() for key, value in layer.score.state_dict().items()}
             kept.append((mass, state))

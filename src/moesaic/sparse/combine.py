@@ -95,6 +95,11 @@ class CombineModule(nn.Module):
         With dense straight-through in training all T * B assignments come back, 0 where a block is not selected, so
         that each gets a gradient; `counts_B` still counts the selected ones.
         """
+        if self.config.scale == "one":
+            if not self.uses_score:
+                return routing
+            if self.config.weight == "score" and routing.token_N.numel() == score_TB.numel():
+                return Routing.of_all(score_TB)
         scale_T = self._scale_T(routing)
         weight_N = self._unscaled(routing, score_TB)
         if scale_T is not None:

@@ -6,7 +6,7 @@ Shapes: T tokens, D model dim, B blocks.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from moesaic.sparse.experts import Experts
 from moesaic.sparse.precision import full_precision
 from moesaic.sparse.routing import Routing
 from moesaic.sparse.score import JointScoreModule, ScoreModule
-from moesaic.sparse.select import Selection
+from moesaic.sparse.select import RoutingContext, Selection
 
 __all__ = ["RoutingRecord", "SparseFFN", "set_budget", "set_executor", "sparse_layers"]
 
@@ -28,13 +28,14 @@ class RoutingRecord:
     """What one forward of one layer decided, gradients attached.
 
     `logits_TB` and `score_TB` (float32) are None where the layer has no score. `executor` is what really ran; `slice`
-    is a static width computed as a dense FFN.
+    is a static width computed as a dense FFN. `notes` are the figures that the selection noted.
     """
 
     routing: Routing
     logits_TB: Tensor | None
     score_TB: Tensor | None
     executor: str
+    notes: dict[str, Tensor] = field(default_factory=dict)
 
 
 class RoutingTap(nn.Module):
@@ -68,29 +69,46 @@ class SparseFFN(nn.Module):
             raise ValueError(f"{type(select).__name__} with {combine.config} needs a score, but score is None.")
         self.experts = experts
         self.score = score
+        self.select_state: nn.Module | None = None
+        self._select = select
         self.select = select
         self.combine = combine
         self.executor = check_executor(executor)
         self.tap = RoutingTap()
 
+    @property
+    def select(self) -> Selection:
+        """The selection; one of another class takes a new `select_state`, one of the same class goes on with it."""
+        return self._select
+
+    @select.setter
+    def select(self, rule: Selection) -> None:
+        if type(rule) is not type(self._select) or self.select_state is None:
+            kept = rule.state(self.experts.num_blocks)
+            self.select_state = None if kept is None else kept.to(self.experts.up_BSD.device)
+        self._select = rule
+
     def forward(self, x: Tensor) -> Tensor:
-        """The sparse FFN's output, shape (..., D) like `x`, in the dtype that the dense FFN would return."""
+        """The sparse FFN's output, shape (..., D) like `x`, in the dtype that the dense FFN would return.
+
+        The last dimension but one of `x` runs over the tokens of a sequence, those before it over sequences.
+        """
         x_TD = x.reshape(-1, x.shape[-1])
         width = self._plain_width()
-        y_TD = self._routed(x_TD) if width is None else self._sliced(x_TD, width)
+        y_TD = self._routed(x_TD, num_sequences(x)) if width is None else self._sliced(x_TD, width)
         return F.dropout(y_TD, self.experts.dropout, self.training).view(x.shape)
 
-    def route(self, x_TD: Tensor) -> tuple[Routing, Tensor | None]:
+    def route(self, x_TD: Tensor, *, num_sequences: int = 1) -> tuple[Routing, Tensor | None]:
         """The routing of FFN inputs, weights included, and the float32 scores (T, B) (None without a score module)."""
-        record = self._decide(x_TD)
+        record = self._decide(x_TD, num_sequences)
         return record.routing, record.score_TB
 
     def extra_repr(self) -> str:
         """Selection and executor for `print(model)`."""
         return f"select={self.select}, executor={self.executor}"
 
-    def _routed(self, x_TD: Tensor) -> Tensor:
-        record = self._decide(x_TD)
+    def _routed(self, x_TD: Tensor, num_sequences: int) -> Tensor:
+        record = self._decide(x_TD, num_sequences)
         self.tap(lambda: record)
         y_TD = EXECUTORS[record.executor](x_TD, self.experts, record.routing)
         return self._with_constants(y_TD, record.routing)
@@ -102,22 +120,32 @@ class SparseFFN(nn.Module):
         bias_D = self.experts.down_bias_D
         return y_TD if bias_D is None or not width else y_TD + bias_D.to(y_TD.dtype)
 
-    def _decide(self, x_TD: Tensor) -> RoutingRecord:
+    def _decide(self, x_TD: Tensor, num_sequences: int = 1) -> RoutingRecord:
         logits_TB, score_TB = None, None
+        context = RoutingContext(
+            num_blocks=self.experts.num_blocks,
+            training=self.training,
+            num_sequences=num_sequences,
+            state=self.select_state,
+        )
         with full_precision(x_TD.device):
             if self.score is None:
                 no_score_TB = x_TD.new_zeros(x_TD.shape[0], self.experts.num_blocks, dtype=torch.float32)
-                routing = self.combine(self.select(no_score_TB, training=self.training), no_score_TB)
+                routing = self.combine(self.select(no_score_TB, context), no_score_TB)
             elif isinstance(self.score, JointScoreModule):
-                routing, logits_TB = self.score.route(x_TD, self.experts, self.select)
+                routing, logits_TB = self.score.route(x_TD, self.experts, self.select, context)
                 score_TB = self.score.activate(logits_TB)
                 routing = self.combine(routing, score_TB)
             else:
                 logits_TB = self.score(x_TD, self.experts)
                 score_TB = self.score.activate(logits_TB)
-                routing = self.combine(self.select(score_TB, training=self.training), score_TB)
+                routing = self.combine(self.select(score_TB, context), score_TB)
         return RoutingRecord(
-            routing=routing, logits_TB=logits_TB, score_TB=score_TB, executor=self._executor_for(x_TD, routing)
+            routing=routing,
+            logits_TB=logits_TB,
+            score_TB=score_TB,
+            executor=self._executor_for(x_TD, routing),
+            notes=context.notes,
         )
 
     def _executor_for(self, x_TD: Tensor, routing: Routing) -> str:
@@ -160,6 +188,11 @@ class SparseFFN(nn.Module):
             return y_TD
         some_T = routing.weight_TB().ne(0).any(1) if self._lists_idle_blocks else routing.count_T() > 0
         return y_TD + some_T[:, None].to(y_TD.dtype) * bias_D.to(y_TD.dtype)
+
+
+def num_sequences(x: Tensor) -> int:
+    """How many sequences hidden states (..., C, D) hold; a matrix (T, D) is one."""
+    return max(1, x.shape[:-2].numel()) if x.dim() > 2 else 1
 
 
 def sparse_layers(model: nn.Module) -> list[SparseFFN]:

@@ -258,7 +258,7 @@ def _config_class(base: str) -> type[PreTrainedConfig]:
 
 def _kept_in_float32(dense_class: type[PreTrainedModel]) -> dict[str, list[str]]:
     """Class attributes: which weights loading must not cast. T5 keeps its down matrices (`wo`) in float32."""
-    strictly = [*(dense_class._keep_in_fp32_modules_strict or []), r"\.score\.", r"\.combine\."]
+    strictly = [*(dense_class._keep_in_fp32_modules_strict or []), r"\.score\.", r"\.combine\.", r"\.select_state\."]
     loosely = list(dense_class._keep_in_fp32_modules or [])
     if "wo" in loosely:
         loosely.append("down_BSD")

@@ -18,7 +18,8 @@ class Routing:
     """The assignments of tokens to blocks, sorted by (block, token), each pair at most once.
 
     `token_N` and `block_N` are int64, `weight_N` is float32 and may carry a gradient, `counts_B` (int64) is the number
-    of tokens of each block, so that rows `counts_B[:b].sum()` onwards belong to block b. `num_tokens` is T.
+    of tokens of each block, so that rows `counts_B[:b].sum()` onwards belong to block b. `num_tokens` is T. `dense_TB`
+    is what `weight_TB()` returns, where it was known when the routing was made.
     """
 
     token_N: Tensor
@@ -26,6 +27,7 @@ class Routing:
     weight_N: Tensor
     counts_B: Tensor
     num_tokens: int
+    dense_TB: Tensor | None = None
 
     @classmethod
     def from_topk(cls, block_TK: Tensor, weight_TK: Tensor | None, num_blocks: int) -> Routing:
@@ -52,16 +54,26 @@ class Routing:
     def from_mask(cls, active_TB: Tensor, weight_TB: Tensor | None = None) -> Routing:
         """Routing of a boolean (T, B) choice; weights: the active entries of `weight_TB`, or 1 where it is None."""
         block_N, token_N = active_TB.t().nonzero(as_tuple=True)
-        weight_N = active_TB.new_ones(token_N.shape, dtype=torch.float32)
-        if weight_TB is not None:
+        if weight_TB is None:
+            weight_N, dense_TB = active_TB.new_ones(token_N.shape, dtype=torch.float32), active_TB.float()
+        else:
             weight_N = weight_TB.float()[token_N, block_N]
+            dense_TB = torch.where(active_TB, weight_TB.float(), 0.0)
         return cls(
             token_N=token_N,
             block_N=block_N,
             weight_N=weight_N,
             counts_B=active_TB.sum(dim=0),
             num_tokens=active_TB.shape[0],
+            dense_TB=dense_TB,
         )
+
+    @classmethod
+    def of_all(cls, weight_TB: Tensor) -> Routing:
+        """Routing that runs every block for every token, with these weights."""
+        num_tokens, num_blocks = weight_TB.shape
+        routing = cls.from_prefix(num_blocks, num_tokens=num_tokens, num_blocks=num_blocks, device=weight_TB.device)
+        return replace(routing, weight_N=weight_TB.float().t().reshape(-1), dense_TB=weight_TB.float())
 
     @classmethod
     def from_prefix(cls, k: int, *, num_tokens: int, num_blocks: int, device: torch.device | str = "cpu") -> Routing:
@@ -83,10 +95,12 @@ class Routing:
     def with_weight(self, weight_N: Tensor) -> Routing:
         """The same assignments with other weights (cast to float32)."""
         assert weight_N.shape == self.token_N.shape, (weight_N.shape, self.token_N.shape)
-        return replace(self, weight_N=weight_N.float())
+        return replace(self, weight_N=weight_N.float(), dense_TB=None)
 
     def weight_TB(self) -> Tensor:
         """Dense (T, B) float32 weights, 0 where a block does not run; differentiable in `weight_N`."""
+        if self.dense_TB is not None:
+            return self.dense_TB
         empty_TB = self.weight_N.new_zeros(self.num_tokens, self.num_blocks)
         return empty_TB.index_put((self.token_N, self.block_N), self.weight_N)
 

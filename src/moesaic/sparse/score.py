@@ -23,7 +23,7 @@ from moesaic.sparse.labels import best_subset, block_grams, singleton_gains
 from moesaic.sparse.partition import neuron_rows
 from moesaic.sparse.precision import full_precision
 from moesaic.sparse.routing import Routing
-from moesaic.sparse.select import AllBlocks, Selection, TopK
+from moesaic.sparse.select import AllBlocks, RoutingContext, Selection, TopK
 from moesaic.sparse.targets import Target, expert_targets
 
 __all__ = [
@@ -51,6 +51,10 @@ class Score(ABC):
     def for_ffn(self, ffn: DenseFFN) -> Score:
         """The same score with its `auto` settings decided for `ffn`, as `build` needs it."""
         return self
+
+    def num_scores(self, num_blocks: int) -> int:
+        """How many scores a token gets: one for each block, unless the score judges something else."""
+        return num_blocks
 
     @abstractmethod
     def build(self, dim: int, num_blocks: int) -> ScoreModule:
@@ -86,8 +90,10 @@ class JointScoreModule(ScoreModule):
     """A score that judges sets of blocks rather than blocks, and so chooses the routing itself."""
 
     @abstractmethod
-    def route(self, x_TD: Tensor, experts: Experts, select: Selection) -> tuple[Routing, Tensor]:
-        """The routing (weight 1) with as many blocks per token as `select` takes, and float32 logits (T, B).
+    def route(
+        self, x_TD: Tensor, experts: Experts, select: Selection, context: RoutingContext
+    ) -> tuple[Routing, Tensor]:
+        """The routing (weight 1) that `select` asks for, and float32 logits (T, B).
 
         Raises ValueError for a selection whose number of blocks depends on scores.
         """
@@ -247,7 +253,9 @@ class _SubsetOracleModule(JointScoreModule):
     def forward(self, x_TD: Tensor, experts: Experts) -> Tensor:
         return singleton_gains(block_grams(experts, x_TD), self.config.scale)
 
-    def route(self, x_TD: Tensor, experts: Experts, select: Selection) -> tuple[Routing, Tensor]:
+    def route(
+        self, x_TD: Tensor, experts: Experts, select: Selection, context: RoutingContext
+    ) -> tuple[Routing, Tensor]:
         if not isinstance(select, TopK | AllBlocks):
             raise ValueError(f"SubsetOracle needs a fixed k, but select is {type(select).__name__}. Use TopK.")
         if isinstance(select, TopK) and select.always:

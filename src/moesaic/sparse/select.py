@@ -1,17 +1,17 @@
 """Selections: which blocks run for which token, given the scores.
 
 A new rule is a frozen dataclass that derives from `Selection` and is named by `_target_`. Ties always go to the lowest
-block index. Shapes: T tokens, B blocks, K blocks per token.
+block index. Shapes: T tokens, B blocks, K blocks per token, X scores per token (B, unless the rule says otherwise).
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from moesaic.sparse.routing import Routing
 
@@ -20,6 +20,7 @@ __all__ = [
     "CumulativeProbability",
     "DynamicK",
     "Prefix",
+    "RoutingContext",
     "Selection",
     "Threshold",
     "TopK",
@@ -27,16 +28,59 @@ __all__ = [
 ]
 
 
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class RoutingContext:
+    """What a rule may know beside the scores.
+
+    The T tokens are `num_sequences` sequences of equal length, one after the other. `state` is the module that the
+    rule's own `state` built for this layer. A rule may `note` figures of this forward for the trace, each a 0-dim
+    tensor: `count_routing` averages them over tokens.
+    """
+
+    num_blocks: int
+    training: bool = False
+    num_sequences: int = 1
+    state: nn.Module | None = None
+    notes: dict[str, Tensor] = field(default_factory=dict)
+
+    def note(self, **figures: Tensor) -> None:
+        """Add figures of this forward."""
+        self.notes.update({name: figure.detach() for name, figure in figures.items()})
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Selection(ABC):
-    """A rule that turns scores (T, B) into a `Routing` with weight 1."""
+    """A rule that turns scores (T, X) into a `Routing` with weight 1."""
 
     knob: ClassVar[str] = ""  # name of the field that sets the budget at inference; empty: there is none
     causal: ClassVar[bool] = True  # False: a token's blocks depend on other tokens of the batch
+    adaptive: ClassVar[bool] = False  # True: how many blocks run depends on the scores, not on the budget alone
 
     @abstractmethod
-    def __call__(self, score_TB: Tensor, *, training: bool) -> Routing:
-        """The routing of float32 scores (T, B)."""
+    def __call__(self, score_TX: Tensor, context: RoutingContext | None = None) -> Routing:
+        """The routing of float32 scores; no context means one sequence at inference, with a block for each score."""
+
+    def num_scores(self, num_blocks: int) -> int:
+        """X, how many scores a token needs."""
+        return num_blocks
+
+    def state(self, num_blocks: int) -> nn.Module | None:
+        """What this rule keeps between forwards of one layer, saved with the model; most rules keep nothing.
+
+        Rules of one class share it, so that it survives another budget; its tensors are buffers.
+        """
+        return None
+
+    def matched(self, score_TX: Tensor, share: float, num_blocks: int) -> Selection:
+        """The rule for a layer of which `share` (0..1) of all (token, block) pairs shall run.
+
+        `score_TX` are the layer's scores of calibration tokens. The controls of adaptive rules and the allocation of a
+        budget over layers use it. Here: the threshold that the wanted number of pairs exceeds, whatever their token.
+        """
+        wanted = round(share * score_TX.numel())
+        if wanted >= score_TX.numel():
+            return Threshold(tau=-torch.inf)
+        return Threshold(tau=score_TX.flatten().kthvalue(score_TX.numel() - wanted).values.item())
 
     def with_budget(self, value: float) -> Self:
         """The same rule with its knob set to `value`. Raises ValueError where there is no knob or it refuses."""
@@ -57,8 +101,9 @@ class Selection(ABC):
 class AllBlocks(Selection):
     """Every block runs for every token."""
 
-    def __call__(self, score_TB: Tensor, *, training: bool) -> Routing:
-        return _prefix(score_TB, score_TB.shape[1])
+    def __call__(self, score_TX: Tensor, context: RoutingContext | None = None) -> Routing:
+        num_blocks = _num_blocks(score_TX, context)
+        return _prefix(score_TX, num_blocks, num_blocks)
 
     def static_blocks(self, num_blocks: int) -> int | None:
         return num_blocks
@@ -75,8 +120,11 @@ class Prefix(Selection):
     def __post_init__(self) -> None:
         object.__setattr__(self, "k", _whole(self.k))
 
-    def __call__(self, score_TB: Tensor, *, training: bool) -> Routing:
-        return _prefix(score_TB, self.k)
+    def __call__(self, score_TX: Tensor, context: RoutingContext | None = None) -> Routing:
+        return _prefix(score_TX, self.k, _num_blocks(score_TX, context))
+
+    def matched(self, score_TX: Tensor, share: float, num_blocks: int) -> Selection:
+        return Prefix(k=round(share * num_blocks))
 
     def check(self, num_blocks: int) -> None:
         _check_k(self.k, num_blocks)
@@ -106,11 +154,16 @@ class TopK(Selection):
                 "Raise k or lower always."
             )
 
-    def __call__(self, score_TB: Tensor, *, training: bool) -> Routing:
+    def __call__(self, score_TB: Tensor, context: RoutingContext | None = None) -> Routing:
         num_tokens, num_blocks = score_TB.shape
+        if not self.always:
+            return Routing.from_topk(top_blocks(score_TB, self.k), None, num_blocks)
         always_TK = torch.arange(self.always, device=score_TB.device).expand(num_tokens, -1)
         routed_TK = self.always + top_blocks(score_TB[:, self.always :], self.k - self.always)
         return Routing.from_topk(torch.cat([always_TK, routed_TK], dim=1), None, num_blocks)
+
+    def matched(self, score_TX: Tensor, share: float, num_blocks: int) -> Selection:
+        return replace(self, k=max(self.always, round(share * num_blocks)))
 
     def check(self, num_blocks: int) -> None:
         _check_k(self.k, num_blocks)
@@ -123,8 +176,9 @@ class Threshold(Selection):
     tau: float
 
     knob: ClassVar[str] = "tau"
+    adaptive: ClassVar[bool] = True
 
-    def __call__(self, score_TB: Tensor, *, training: bool) -> Routing:
+    def __call__(self, score_TB: Tensor, context: RoutingContext | None = None) -> Routing:
         return Routing.from_mask(score_TB > self.tau)
 
 
@@ -139,12 +193,13 @@ class DynamicK(Selection):
     tau: float
 
     knob: ClassVar[str] = "tau"
+    adaptive: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not 0 <= self.tau <= 1:
             raise ValueError(f"select.tau={self.tau} is outside 0..1, the share of the highest score")
 
-    def __call__(self, score_TB: Tensor, *, training: bool) -> Routing:
+    def __call__(self, score_TB: Tensor, context: RoutingContext | None = None) -> Routing:
         highest_T1 = score_TB.amax(dim=1, keepdim=True)
         return Routing.from_mask((score_TB >= self.tau * highest_T1) | (score_TB == highest_T1))
 
@@ -160,12 +215,13 @@ class CumulativeProbability(Selection):
     p: float
 
     knob: ClassVar[str] = "p"
+    adaptive: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not 0 < self.p <= 1:
             raise ValueError(f"select.p={self.p} is outside 0..1 (0 excluded), the share of the total score")
 
-    def __call__(self, score_TB: Tensor, *, training: bool) -> Routing:
+    def __call__(self, score_TB: Tensor, context: RoutingContext | None = None) -> Routing:
         ordered = score_TB.sort(dim=1, descending=True, stable=True)
         score = ordered.values.double()
         before = score.cumsum(dim=1) - score
@@ -183,9 +239,12 @@ def top_blocks(score_TB: Tensor, k: int) -> Tensor:
     return score_TB.sort(dim=1, descending=True, stable=True).indices[:, :k]
 
 
-def _prefix(score_TB: Tensor, k: int) -> Routing:
-    num_tokens, num_blocks = score_TB.shape
-    return Routing.from_prefix(k, num_tokens=num_tokens, num_blocks=num_blocks, device=score_TB.device)
+def _num_blocks(score_TX: Tensor, context: RoutingContext | None) -> int:
+    return score_TX.shape[1] if context is None else context.num_blocks
+
+
+def _prefix(score_TX: Tensor, k: int, num_blocks: int) -> Routing:
+    return Routing.from_prefix(k, num_tokens=score_TX.shape[0], num_blocks=num_blocks, device=score_TX.device)
 
 
 def _whole(k: float) -> int:

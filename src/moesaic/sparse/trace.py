@@ -24,12 +24,16 @@ class RoutingCounts:
         self.num_tokens_L = [0] * len(num_blocks_L)
         self._counts_LB = [torch.zeros(num_blocks, dtype=torch.int64) for num_blocks in num_blocks_L]
         self._executors_L: list[set[str]] = [set() for _ in num_blocks_L]
+        self._notes_L: list[dict[str, float]] = [{} for _ in num_blocks_L]
 
     def add(self, layer: int, record: RoutingRecord) -> None:
         """Count one forward of one layer."""
         self.num_tokens_L[layer] += record.routing.num_tokens
         self._counts_LB[layer] += record.routing.counts_B.detach().cpu()
         self._executors_L[layer].add(record.executor)
+        sums = self._notes_L[layer]
+        for name, figure in record.notes.items():
+            sums[name] = sums.get(name, 0.0) + record.routing.num_tokens * figure.item()
 
     def counts_LB(self) -> list[Tensor]:
         """Per layer, int64 (B,): how many tokens ran each block. A list, because layers may differ in B."""
@@ -48,10 +52,16 @@ class RoutingCounts:
         """Per layer, the names of the executors that ran, sorted."""
         return [sorted(names) for names in self._executors_L]
 
+    def notes_L(self) -> dict[str, list[float]]:
+        """By name, the figures that the selections noted: per layer, the mean over tokens."""
+        names = dict.fromkeys(name for sums in self._notes_L for name in sums)
+        pairs = list(zip(self._notes_L, self.num_tokens_L, strict=True))
+        return {name: [sums.get(name, 0.0) / max(1, tokens) for sums, tokens in pairs] for name in names}
+
     def summary(self) -> dict[str, Any]:
         """Counts and active shares as plain lists, for a record."""
         counts_LB = [counts_B.tolist() for counts_B in self._counts_LB]
-        return {"counts_LB": counts_LB, "active_frac_L": self.active_frac_L()}
+        return {"counts_LB": counts_LB, "active_frac_L": self.active_frac_L(), "notes_L": self.notes_L()}
 
 
 class RoutingTrace(RoutingCounts):
