@@ -11,7 +11,13 @@ from transformers.models.mamba import MambaConfig
 
 from moesaic.ffn.dense import DenseFFN
 from moesaic.ffn.families import FFNPattern
-from moesaic.ffn.sites import UnknownFFNError, capture_inputs, find_ffns
+from moesaic.ffn.sites import (
+    UnknownFFNError,
+    capture_inputs,
+    capture_output_gradients,
+    capture_preactivations,
+    find_ffns,
+)
 
 GATED = {"llama", "mistral", "qwen2", "gemma", "gemma2", "phi3", "t5_gated"}
 NAMES = {"gpt2": "transformer.h.1.mlp", "opt": "model.decoder.layers.1", "bert": "bert.encoder.layer.1"}
@@ -243,3 +249,47 @@ def test_unknown_family_names_modules_and_shows_yaml() -> None:
 def test_wrong_pattern_says_what_is_wrong(pattern: FFNPattern, message: str) -> None:
     with pytest.raises(UnknownFFNError, match=message):
         find_ffns(tiny_model("llama"), pattern)
+
+
+@pytest.mark.parametrize("family", TOY_FAMILIES)
+def test_preactivations_are_what_the_activation_is_given_and_carry_gradients(family: str) -> None:
+    model = tiny_model(family)
+    sites = find_ffns(model)
+    x, pre = {}, {}
+    with capture_inputs(sites, x.__setitem__), capture_preactivations(sites, pre.__setitem__):
+        model(**inputs(family))
+    for site in sites:
+        ffn = site.read()
+        first_FD, bias_F = (ffn.gate_FD, ffn.gate_bias_F) if ffn.gated else (ffn.up_FD, ffn.up_bias_F)
+        expected = nn.functional.linear(x[site.index], first_FD, bias_F)
+        torch.testing.assert_close(pre[site.index], expected, rtol=0, atol=1e-6)
+        assert pre[site.index].requires_grad
+
+
+@pytest.mark.parametrize("family", TOY_FAMILIES)
+def test_output_gradients_give_the_gradient_of_every_down_matrix(family: str) -> None:
+    """dL/ddown = h^T g, so both the hidden activations and the captured g must be those of the model."""
+    model = tiny_model(family)
+    sites = find_ffns(model)
+    x, g = {}, {}
+    with capture_inputs(sites, x.__setitem__), capture_output_gradients(sites, g.__setitem__):
+        loss = model(**inputs(family)).logits.square().mean()
+    loss.backward()
+    for site in sites:
+        ffn = site.read()
+        h_TF, g_TD = ffn.hidden(x[site.index]).flatten(0, -2), g[site.index].flatten(0, -2)
+        weight = site.down_module.weight
+        down_grad_FD = weight.grad if weight.shape == ffn.down_FD.shape else weight.grad.mT
+        torch.testing.assert_close(h_TF.mT @ g_TD, down_grad_FD, rtol=1e-4, atol=1e-7)
+
+
+def test_hooks_are_gone_after_the_scope() -> None:
+    model = tiny_model("llama")
+    sites, seen = find_ffns(model), []
+    with (
+        capture_preactivations(sites, lambda index, _: seen.append(index)),
+        capture_output_gradients(sites, lambda index, _: seen.append(index)),
+    ):
+        pass
+    model(**inputs("llama")).logits.mean().backward()
+    assert seen == []

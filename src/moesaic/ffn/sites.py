@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers.activations import ACT2FN
 from transformers.pytorch_utils import Conv1D
 
@@ -19,7 +20,14 @@ from moesaic.ffn.activations import activation_name
 from moesaic.ffn.dense import DenseFFN
 from moesaic.ffn.families import BUILT_IN_PATTERNS, FFNPattern, matches
 
-__all__ = ["FFNSite", "UnknownFFNError", "capture_inputs", "find_ffns"]
+__all__ = [
+    "FFNSite",
+    "UnknownFFNError",
+    "capture_inputs",
+    "capture_output_gradients",
+    "capture_preactivations",
+    "find_ffns",
+]
 
 _MOST_NAMES_SHOWN = 40
 
@@ -71,6 +79,18 @@ class FFNSite:
         """
         for name in self.pattern.linears.values():
             self._module(name).to("meta")
+
+    @property
+    def preactivation_module(self) -> nn.Module:
+        """The linear layer whose output the activation is given; a fused one computes gate and up, gate first."""
+        part = self.pattern.gate or self.pattern.gate_up or self.pattern.up
+        assert part is not None  # the pattern checked itself
+        return self._module(part)
+
+    @property
+    def down_module(self) -> nn.Module:
+        """The linear layer whose output is the FFN's, before the model's own dropout."""
+        return self._module(self.pattern.down)
 
     @property
     def input_module(self) -> nn.Module:
@@ -163,6 +183,45 @@ def capture_inputs(sites: Sequence[FFNSite], callback: Callable[[int, Tensor], N
         site.input_module.register_forward_pre_hook(listener(site.index), with_kwargs=True, prepend=True)
         for site in sites
     ]
+    with _removed(handles):
+        yield
+
+
+@contextmanager
+def capture_preactivations(sites: Sequence[FFNSite], callback: Callable[[int, Tensor], None]) -> Iterator[None]:
+    """While open, `callback(site.index, pre)` runs on each forward of each dense site, gradients attached.
+
+    `pre` (..., F) is what the activation is given: of the gate branch in a gated FFN.
+    """
+
+    def listener(site: FFNSite) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
+        branches = 2 if site.pattern.gate_up is not None else 1
+        return lambda _module, _args, output: callback(site.index, output.chunk(branches, dim=-1)[0])
+
+    with _removed([site.preactivation_module.register_forward_hook(listener(site)) for site in sites]):
+        yield
+
+
+@contextmanager
+def capture_output_gradients(sites: Sequence[FFNSite], callback: Callable[[int, Tensor], None]) -> Iterator[None]:
+    """While open, each dense site's output (..., D) calls `callback(site.index, dL/doutput)` in the backward pass.
+
+    The forward has to be in the scope; the backward may come later.
+    """
+
+    def listener(index: int) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
+        def hook(_module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> None:
+            output.register_hook(lambda gradient: callback(index, gradient))
+
+        return hook
+
+    with _removed([site.down_module.register_forward_hook(listener(site.index)) for site in sites]):
+        yield
+
+
+@contextmanager
+def _removed(handles: Sequence[RemovableHandle]) -> Iterator[None]:
+    """Hooks that go when the scope is left."""
     try:
         yield
     finally:
