@@ -12,8 +12,10 @@ from moesaic.sparse.combine import Combine
 from moesaic.sparse.executors import EXECUTORS
 from moesaic.sparse.experts import Experts
 from moesaic.sparse.layer import SparseFFN, set_budget, set_executor, sparse_layers
+from moesaic.sparse.routing import Routing
 from moesaic.sparse.score import Linear, Oracle, Score, ScoreModule, SubsetOracle
-from moesaic.sparse.select import AllBlocks, Prefix, Selection, Threshold, TopK
+from moesaic.sparse.select import AllBlocks, Prefix, RoutingContext, Selection, Threshold, TopK
+from moesaic.sparse.trace import count_routing
 
 NUM_BLOCKS, DIM = 4, 8
 LABELS = {
@@ -292,3 +294,46 @@ def test_set_executor() -> None:
         set_executor(model, "triton")
     assert "executor=loop" in repr(model)
     assert "num_blocks=4, block_size=8, dim=8, gated" in repr(model)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CountingTopK(TopK):
+    """Top-k that counts, in its state, the tokens that it saw in training, and notes k."""
+
+    def state(self, num_blocks: int) -> nn.Module:
+        state = nn.Module()
+        state.register_buffer("seen", torch.zeros(()))
+        return state
+
+    def __call__(self, score_TB: Tensor, context: RoutingContext | None = None) -> Routing:
+        assert context is not None
+        assert context.state is not None
+        if context.training:
+            context.state.seen += context.num_sequences
+        context.note(k=torch.tensor(float(self.k)))
+        return TopK.__call__(self, score_TB, context)
+
+
+def test_the_state_of_a_selection_outlives_its_budget_and_not_its_class() -> None:
+    layer = make_layer(ffn_of_32(), CountingTopK(k=2), score=Linear()).train()
+    x = torch.randn(3, 5, DIM)
+    layer(x)
+    layer.select = CountingTopK(k=1)
+    layer(x)
+    assert layer.select_state.seen == 6
+    assert "select_state.seen" in layer.state_dict()
+    layer.eval()(x)
+    assert layer.select_state.seen == 6
+    layer.select = TopK(k=1)
+    assert layer.select_state is None
+    layer.select = CountingTopK(k=1)
+    assert layer.select_state.seen == 0
+
+
+def test_what_a_selection_notes_is_averaged_over_tokens() -> None:
+    layer = make_layer(ffn_of_32(), CountingTopK(k=2), score=Linear())
+    with count_routing(layer) as counts:
+        layer(torch.randn(1, 6, DIM))
+        layer.select = CountingTopK(k=1)
+        layer(torch.randn(1, 2, DIM))
+    assert counts.notes_L() == {"k": [pytest.approx((6 * 2 + 2 * 1) / 8)]}

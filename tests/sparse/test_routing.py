@@ -76,3 +76,23 @@ def test_a_routing_cannot_be_changed() -> None:
     routing = Routing.from_topk(torch.tensor([[1]]), None, 2)
     with pytest.raises(dataclasses.FrozenInstanceError):
         routing.num_tokens = 3  # type: ignore[misc]
+
+
+def test_a_routing_of_all_blocks_holds_every_weight_and_its_gradient() -> None:
+    weight_TB = torch.rand(5, 3, requires_grad=True)
+    routing = Routing.of_all(weight_TB)
+    listed = Routing.from_mask(torch.ones(5, 3, dtype=torch.bool), weight_TB)
+    for name in ("token_N", "block_N", "weight_N", "counts_B"):
+        torch.testing.assert_close(getattr(routing, name), getattr(listed, name))
+    torch.testing.assert_close(routing.weight_TB(), weight_TB)
+    # The flat weights and the dense ones are the same numbers, for gradients too.
+    factor_TB = torch.rand(5, 3)
+    (dense_grad,) = torch.autograd.grad((routing.weight_TB() * factor_TB).sum(), weight_TB)
+    flat = (routing.weight_N * factor_TB[routing.token_N, routing.block_N]).sum()
+    torch.testing.assert_close(torch.autograd.grad(flat, weight_TB)[0], dense_grad)
+
+
+def test_dense_weights_kept_from_a_mask_are_the_scattered_ones() -> None:
+    active_TB, weight_TB = torch.rand(6, 4) > 0.5, torch.randn(6, 4)
+    for routing in (Routing.from_mask(active_TB), Routing.from_mask(active_TB, weight_TB)):
+        torch.testing.assert_close(routing.weight_TB(), routing.with_weight(routing.weight_N).weight_TB())

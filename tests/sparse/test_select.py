@@ -170,3 +170,26 @@ def test_only_rules_that_ignore_scores_are_static_and_then_run_a_prefix() -> Non
         if width is not None:
             expected_TB = (torch.arange(6) < width).expand(60, 6)
             assert torch.equal(rule(score_TB).active_TB(), expected_TB)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.37, 0.5, 1.0])
+@pytest.mark.parametrize("rule", [Threshold(tau=0.5), DynamicK(tau=0.5), CumulativeProbability(p=0.5)], ids=repr)
+def test_a_matched_rule_runs_the_wanted_share_of_pairs(rule: Selection, share: float) -> None:
+    assert rule.adaptive
+    score_TB = torch.rand(50, 8, generator=torch.Generator().manual_seed(1))
+    routing = rule.matched(score_TB, share, 8)(score_TB)
+    assert routing.token_N.numel() == round(share * 400)
+    # Not as many for each token, but the highest scores of all.
+    active_TB = routing.active_TB()
+    if 0 < share < 1:
+        assert score_TB[active_TB].min() > score_TB[~active_TB].max()
+
+
+@pytest.mark.parametrize(("rule", "expected"), [(TopK(k=1), TopK(k=3)), (Prefix(k=1), Prefix(k=3))])
+def test_a_matched_rule_with_a_fixed_number_keeps_one(rule: Selection, expected: Selection) -> None:
+    assert not rule.adaptive
+    assert rule.matched(torch.rand(5, 4), 0.75, 4) == expected
+
+
+def test_always_on_blocks_stay_on_when_matched() -> None:
+    assert TopK(k=3, always=2).matched(torch.rand(5, 8), 0.125, 8) == TopK(k=2, always=2)
