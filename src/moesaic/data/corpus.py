@@ -17,10 +17,11 @@ class DataError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """One text and the name it has within its split."""
+    """One text and the name it has within its split; `label` counts from 0 where the corpus is a classification."""
 
     id: str
     text: str
+    label: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

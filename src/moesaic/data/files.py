@@ -13,7 +13,7 @@ from typing import Any, TextIO
 
 from moesaic.data.corpus import Corpus, DataError, Document, Split, digest_of
 
-__all__ = ["Jsonl", "TextFiles"]
+__all__ = ["Jsonl", "TextFiles", "digest_of_file", "json_rows", "value_of"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,15 +27,16 @@ class Jsonl(Corpus):
 
     def read(self, split: Split) -> Iterator[Document]:
         path = _path_of(self, split)
-        with _opened(path) as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    row = _object(line, path, number)
-                    name = str(number) if self.id_key is None else str(_value(row, self.id_key, path, number))
-                    yield Document(name, self._text(row, path, number))
+        for number, row in json_rows(path):
+            name = str(number) if self.id_key is None else str(value_of(row, self.id_key, path, number))
+            yield Document(name, self._text(row, path, number), self.label_of(row, path, number))
+
+    def label_of(self, row: dict[str, Any], path: Path, number: int) -> int | None:
+        """What class the row is an example of; plain text is of none."""
+        return None
 
     def _text(self, row: dict[str, Any], path: Path, number: int) -> str:
-        text = _value(row, self.text_key, path, number)
+        text = value_of(row, self.text_key, path, number)
         if not isinstance(text, str):
             raise DataError(
                 f"{path}:{number}: '{self.text_key}' is {type(text).__name__}, not text. Set data.text_key."
@@ -46,7 +47,7 @@ class Jsonl(Corpus):
         return str(_path_of(self, split))
 
     def fingerprint(self) -> str:
-        return digest_of(_digest(path) for path in (self.train, self.heldout))
+        return digest_of(digest_of_file(path) for path in (self.train, self.heldout))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,7 +79,7 @@ class TextFiles(Corpus):
 
     def fingerprint(self) -> str:
         roots = (self.train, self.heldout)
-        return digest_of(_digest(path) + path.name.encode() for root in roots for path in _text_files(root))
+        return digest_of(digest_of_file(path) + path.name.encode() for root in roots for path in _text_files(root))
 
 
 def _path_of(corpus: Jsonl | TextFiles, split: Split) -> Path:
@@ -126,6 +127,14 @@ def _pieces(file: TextIO, separator: str) -> Iterator[str]:
     yield rest
 
 
+def json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The objects of a .jsonl or .jsonl.gz with their line numbers, from 1. Raises DataError for anything else."""
+    with _opened(path) as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                yield number, _object(line, path, number)
+
+
 def _object(line: str, path: Path, number: int) -> dict[str, Any]:
     try:
         row = json.loads(line)
@@ -138,17 +147,20 @@ def _object(line: str, path: Path, number: int) -> dict[str, Any]:
     return row
 
 
-def _value(row: dict[str, Any], key: str, path: Path, number: int) -> Any:
+def value_of(row: dict[str, Any], key: str, path: Path, number: int) -> Any:
+    """`row[key]`, of line `number` of `path`. Raises DataError that names the nearest key."""
     if key in row:
         return row[key]
     near = get_close_matches(key, row, n=1)
     hint = f"; did you mean '{near[0]}'?" if near else "."
     raise DataError(
-        f"{path}:{number}: no key '{key}'{hint} Keys here: {', '.join(row)}. Set data.text_key or data.id_key."
+        f"{path}:{number}: no key '{key}'{hint} Keys here: {', '.join(row)}. "
+        "Set data.text_key, data.id_key or data.label_key."
     )
 
 
-def _digest(path: Path) -> bytes:
+def digest_of_file(path: Path) -> bytes:
+    """sha256 of a file's content. Raises DataError where it cannot be read."""
     try:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").digest()

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from moesaic.data.corpus import Corpus, DataError, Document, Split, digest_of
 
-__all__ = ["Stdlib", "is_heldout"]
+__all__ = ["Stdlib", "hash_of", "is_heldout"]
 
 _THIRD_PARTY = {"site-packages", "dist-packages", "__pycache__"}
 _TESTS = {"test", "tests", "idle_test"}
@@ -45,7 +45,7 @@ class Stdlib(Corpus):
                 f"no Python source under {root}: this Python comes without its library's source. "
                 "Use another Python, or your own files: data=text data.train=... data.heldout=..."
             )
-        for name in sorted(modules, key=lambda name: _hash(f"order/{name}")):
+        for name in sorted(modules, key=lambda name: hash_of(f"order/{name}")):
             if is_heldout(name, self.heldout_frac) == (split == "heldout"):
                 yield Document(name, _source(modules[name]))
 
@@ -71,10 +71,11 @@ class Stdlib(Corpus):
 
 def is_heldout(name: str, heldout_frac: float) -> bool:
     """Whether the module of that dotted name is held out: the same answer on every machine and in every version."""
-    return _hash(name) < heldout_frac * 2**64
+    return hash_of(name) < heldout_frac * 2**64
 
 
-def _hash(text: str) -> int:
+def hash_of(text: str) -> int:
+    """64 bits that look random and are the same on every machine."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
 
 

@@ -10,22 +10,27 @@ if TYPE_CHECKING:
 __all__ = ["END_OF_TEXT", "train_bpe"]
 
 END_OF_TEXT = "<|endoftext|>"
-_SMALLEST = 257  # every byte, and the end of text
+PADDING, MASK = "<pad>", "<mask>"
 
 _log = logging.getLogger(__name__)
 
 
-def train_bpe(texts: Iterable[str], vocab_size: int, *, max_chars: int | None = 4_000_000) -> "PreTrainedTokenizerFast":
+def train_bpe(
+    texts: Iterable[str], vocab_size: int, *, max_chars: int | None = 4_000_000, masks: bool = False
+) -> "PreTrainedTokenizerFast":
     """A byte-level BPE tokenizer with `vocab_size` tokens (257 or more), trained on the first `max_chars` of `texts`.
 
-    The same texts give the same tokenizer. `<|endoftext|>` is its beginning, end and padding token. Any string
-    survives encoding and decoding. Texts too small for `vocab_size` merges give fewer tokens, with a warning.
+    The same texts give the same tokenizer. `<|endoftext|>` is its beginning, end and padding token; with `masks` there
+    is `<mask>` too, and padding has a token of its own, because RoBERTa counts no position for it. Any string survives
+    encoding and decoding. Texts too small for `vocab_size` merges give fewer tokens, with a warning.
 
     Raises:
-        ValueError: `vocab_size` is below 257.
+        ValueError: `vocab_size` is below 257, or 259 with `masks`.
     """
-    if vocab_size < _SMALLEST:
-        raise ValueError(f"vocab_size={vocab_size} is too small: 256 bytes and {END_OF_TEXT} need {_SMALLEST}")
+    special = [END_OF_TEXT, PADDING, MASK] if masks else [END_OF_TEXT]
+    smallest = 256 + len(special)
+    if vocab_size < smallest:
+        raise ValueError(f"vocab_size={vocab_size} is too small: 256 bytes and {', '.join(special)} need {smallest}")
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -34,7 +39,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int, *, max_chars: int | None = 
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[END_OF_TEXT],
+        special_tokens=special,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -45,8 +50,9 @@ def train_bpe(texts: Iterable[str], vocab_size: int, *, max_chars: int | None = 
         tokenizer_object=tokenizer,
         bos_token=END_OF_TEXT,
         eos_token=END_OF_TEXT,
-        pad_token=END_OF_TEXT,
+        pad_token=PADDING if masks else END_OF_TEXT,
         clean_up_tokenization_spaces=False,
+        **({"mask_token": MASK} if masks else {}),
     )
 
 

@@ -33,16 +33,22 @@ class TokenDocument:
     first_token: int
     num_tokens: int  # without the separator that follows
     num_bytes: int
+    label: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class TokenSplit:
-    """A tokenised split. Every document but one cut short by `max_tokens` is followed by `separator_id`."""
+    """A tokenised split. Every document but one cut short by `max_tokens` is followed by `separator_id`.
+
+    `start_id` and `mask_id` are the tokenizer's first token of a sequence ([CLS], beginning of text) and its [MASK].
+    """
 
     tokens_N: np.ndarray  # uint16, or uint32 for vocabularies above 65,536; memory-mapped
     documents: tuple[TokenDocument, ...]
     separator_id: int
     provenance: dict[str, Any]  # corpus, split, vocabulary size
+    start_id: int | None = None
+    mask_id: int | None = None
 
     @classmethod
     def load(cls, folder: Path) -> "TokenSplit":
@@ -65,6 +71,8 @@ class TokenSplit:
             documents=tuple(TokenDocument(*row) for row in table["documents"]),
             separator_id=table["separator_id"],
             provenance=table["provenance"],
+            start_id=table.get("start_id"),
+            mask_id=table.get("mask_id"),
         )
 
     @property
@@ -133,6 +141,8 @@ def tokenise(
         "dtype": dtype.name,
         "num_tokens": writer.num_tokens,
         "separator_id": separator_id,
+        "start_id": tokenizer.bos_token_id if tokenizer.cls_token_id is None else tokenizer.cls_token_id,
+        "mask_id": tokenizer.mask_token_id,
         "provenance": {**corpus.provenance(), "split": split, "vocab_size": vocab_size},
         "documents": writer.rows,
     }
@@ -159,7 +169,7 @@ class _Writer:
     def __init__(
         self, file: BinaryIO, dtype: np.dtype, separator_id: int, progress: ProgressLine, max_tokens: int | None
     ) -> None:
-        self.rows: list[tuple[str, int, int, int]] = []
+        self.rows: list[tuple[str, int, int, int, int | None]] = []
         self.num_tokens = 0
         self._file, self._dtype, self._separator_id = file, dtype, separator_id
         self._progress, self._max_tokens = progress, max_tokens
@@ -177,7 +187,7 @@ class _Writer:
             text = document.text
             if self._max_tokens is not None and self.num_tokens + len(ids) > self._max_tokens:
                 ids, text = _beginning(document.text, self._max_tokens - self.num_tokens, tokenizer)
-            self.rows.append((document.id, self.num_tokens, len(ids), len(text.encode())))
+            self.rows.append((document.id, self.num_tokens, len(ids), len(text.encode()), document.label))
             self._append([*ids, self._separator_id])
         self._progress.update(self.num_tokens)
 

@@ -1,7 +1,7 @@
 """Sparse models as ordinary Hugging Face models: own classes, own model type, everything in config and state dict.
 
 A saved folder loads through `load_model`, and wherever moesaic is installed through
-`AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)` (or the masked or seq2seq class).
+`AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)` (or the class of another head).
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
     PreTrainedConfig,
     PreTrainedModel,
 )
@@ -27,6 +28,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_MASKED_LM_MAPPING,
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
 )
 
 from moesaic.config.strict import strict_object, to_plain
@@ -39,15 +41,16 @@ from moesaic.sparse.layer import SparseFFN, sparse_layers
 from moesaic.sparse.score import Score
 from moesaic.sparse.select import Selection
 
-__all__ = ["SavedLayer", "SavedModel", "convert_model", "load_model", "sparse_classes"]
+__all__ = ["Head", "SavedLayer", "SavedModel", "convert_model", "head_of", "load_model", "sparse_classes"]
 
-Head = Literal["causal_lm", "masked_lm", "seq2seq_lm"]
+Head = Literal["causal_lm", "masked_lm", "seq2seq_lm", "sequence_classification"]
 STUB_NAME = "modeling_moesaic"
 _PREFIX = "moesaic_"
 _HEADS: dict[Head, tuple[Any, Any]] = {
     "causal_lm": (AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING),
     "masked_lm": (AutoModelForMaskedLM, MODEL_FOR_MASKED_LM_MAPPING),
     "seq2seq_lm": (AutoModelForSeq2SeqLM, MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING),
+    "sequence_classification": (AutoModelForSequenceClassification, MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING),
 }
 
 
@@ -204,9 +207,11 @@ def convert_model(
 
     The dense model is used up, no weight is copied, and each FFN is freed before the next layer is asked for: give a
     generator (or `release` each site when it has been read) and one FFN at a time exists twice.
-    Raises ValueError where the number of layers is not that of the FFNs, or for a model without language-model head.
+    Raises ValueError where the number of layers is not that of the FFNs, or for a model with no head that is known.
     """
-    base, head = dense_model.config.model_type, _head_of(dense_model)
+    if isinstance(dense_model, SparseModelMixin):
+        raise ValueError(f"{type(dense_model).__name__} is sparse already. Convert the dense model that it came from.")
+    base, head = dense_model.config.model_type, head_of(dense_model)
     config_class, model_class = sparse_classes(base, head)
     _install(dense_model, layers, pattern)
     described = tuple(SavedLayer.describe(layer) for layer in sparse_layers(dense_model))
@@ -270,16 +275,17 @@ def _bind(made: type) -> None:
     setattr(sys.modules[__name__], made.__name__, made)
 
 
-def _head_of(model: PreTrainedModel) -> Head:
+def head_of(model: PreTrainedModel) -> Head:
+    """What `model`, dense or sparse, predicts. Raises ValueError for a model without such a head."""
     if isinstance(model, SparseModelMixin):
-        raise ValueError(f"{type(model).__name__} is sparse already. Convert the dense model that it came from.")
+        return _saved_model(model.config).head
     for head in get_args(Head):
         mapping = _HEADS[head][1]
         if type(model.config) in mapping and mapping[type(model.config)] is type(model):
             return head
     raise ValueError(
-        f"{type(model).__name__} is no causal, masked or seq2seq language model of transformers. Load the model with "
-        "AutoModelForCausalLM, AutoModelForMaskedLM or AutoModelForSeq2SeqLM."
+        f"{type(model).__name__} is no causal, masked or seq2seq language model of transformers, and no sequence "
+        f"classifier. Load it with {', '.join(auto.__name__ for auto, _ in _HEADS.values())}."
     )
 
 
