@@ -9,6 +9,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd
+
 from moesaic.report.load import without_seeds
 
 DENSE_NATS = 2.0
@@ -78,7 +81,10 @@ def record(
             {"stage": "adapt", "identity": f"a-{identity}", "wall_seconds": 20.0, "cpu_seconds": 38.0,
              "peak_rss_bytes": 1_200_000_000, "cached": False},
         ],
-        "adaptation": {"tokens": tokens, "steps": tokens // 4096, "wall_seconds": 20.0},
+        "adaptation": {
+            "tokens": tokens, "steps": tokens // 4096, "wall_seconds": 20.0,
+            "phases": [{"phase": "finetune", "budget": None, "tokens": tokens}],
+        },
         "points": points,
     }  # fmt: skip
 
@@ -156,6 +162,88 @@ def write_record(root: Path, record: dict[str, Any]) -> Path:
     folder.mkdir(parents=True)
     (folder / "record.json").write_text(json.dumps(record))
     return folder
+
+
+def write_scores(
+    folder: Path, record: dict[str, Any], *, num_documents: int = 40, num_items: int = 300, windows: bool = True
+) -> None:
+    """The losses per document and answers per item behind a record's points; their means are the points' own losses."""
+    documents, items = [], []
+    for one in record["points"]:
+        where = {"arm": one["arm"], "budget": one["budget"]}
+        documents.append(document_rows(one["quality"]["nats_per_token"], num_documents, windows).assign(**where))
+        if one["arm"] in ("adapted", "dense"):
+            items.append(item_rows(one["quality"]["nats_per_token"], num_items).assign(**where))
+    pd.concat(documents).to_parquet(folder / "documents.parquet")
+    pd.concat(items or [pd.DataFrame()]).to_parquet(folder / "items.parquet")
+
+
+def document_rows(nats: float, num_documents: int, windows: bool = True) -> pd.DataFrame:
+    """Documents of 3 windows of 20 tokens, hard and easy ones, whose mean loss is `nats`."""
+    shape = (num_documents, 3)
+    hard_UW = np.random.default_rng(0).normal(0, 0.4, shape)  # the same for every model
+    own_UW = np.random.default_rng(round(nats * 1e6)).normal(0, 0.05, shape)
+    nats_UW = hard_UW + own_UW - (hard_UW + own_UW).mean() + nats
+    rows = {
+        "document": [f"d{number}" for number in range(num_documents)],
+        "nll": 20 * nats_UW.sum(axis=1),
+        "tokens": 60,
+        "bytes": 240,
+    }
+    if windows:
+        rows |= {"window_nll": list(20 * nats_UW), "window_tokens": [[20, 20, 20]] * num_documents}
+    return pd.DataFrame(rows)
+
+
+def item_rows(nats: float, num_items: int) -> pd.DataFrame:
+    """Two-way items; the lead of the right option falls with `nats`."""
+    lead_U = np.random.default_rng(1).normal(2 * DENSE_NATS + 0.8 - 2 * nats, 1.0, num_items)
+    gold_U = np.arange(num_items) % 2
+    options = [[-9.0, -9.0 + lead] if gold else [-9.0 + lead, -9.0] for lead, gold in zip(lead_U, gold_U, strict=True)]
+    names = [f"i{number}" for number in range(num_items)]
+    return pd.DataFrame({"task": "next_line", "id": names, "gold": gold_U, "option_loglik": options})
+
+
+# Losses over dense (nats) at 25 % active, of an oracle and after adaptation; none of it is anybody's result.
+_STUDY = {
+    "static_slice": (None, 0.33),
+    "moefication": (0.06, 0.14),
+    "factorllm": (0.30, 0.20),
+    "method_c": (0.45, 0.30),
+    "d": (0.20, 0.25),
+    "method_e_balanced": (0.50, 0.36),
+    "method_f": (0.12, 0.18),
+    "method_g_dynamic": (0.08, 0.16),
+    "method_h_with_a_long_name": (0.09, 0.17),
+    "method_i": (0.33, 0.29),
+    "method_j_choice": (0.07, 0.21),
+    "method_k_keys": (0.70, 0.60),
+    "method_l_upcycled": (0.25, 0.24),
+    "method_m_activation": (0.03, 0.08),
+    "method_n_threshold": (0.05, 0.12),
+}
+
+
+def write_study(root: Path, *, seeds: Sequence[int] = (0, 1, 2), num_documents: int = 40) -> Path:
+    """14 routed methods and their controls without any timing, with the scores behind every point."""
+    for seed in seeds:
+        dense = [point("dense", None, DENSE_NATS, active=1.0)]
+        same = [point("adapted", None, DENSE_NATS - 0.03 + 0.004 * seed, active=1.0)]
+        written = [record("dense", "synthetic-llama-3m", seed, dense)]
+        written.append(record("dense_same_tokens", "synthetic-llama-3m", seed, same, tokens=1_000_000))
+        for method, losses in _STUDY.items():
+            points = []
+            for budget in (8, 16, 24):
+                active = budget / NUM_BLOCKS + (0.03 if method == "method_n_threshold" else 0.0)
+                for arm, loss in zip(("oracle_router", "adapted"), losses, strict=True):
+                    if loss is not None:
+                        wobble = 0.008 * math.sin(7 * seed + 3 * budget + 11 * len(arm) + sum(map(ord, method)))
+                        nats = DENSE_NATS + loss * ((1 - active) / 0.75) ** 1.6 + wobble
+                        points.append(point(arm, budget, nats, active=active))
+            written.append(record(method, "synthetic-llama-3m", seed, points, tokens=1_000_000))
+        for one in written:
+            write_scores(write_record(root, one), one, num_documents=num_documents)
+    return root
 
 
 def _method_points(method: str, seed: int, dense_nats: float) -> Iterator[dict[str, Any]]:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
 
 from moesaic.report.load import Experiment
 
-__all__ = ["shared_facts", "stage_costs"]
+__all__ = ["AdaptCost", "seconds_per_token", "shared_facts", "stage_costs", "stages_of"]
 
 _STAGE_NUMBERS = ("wall_seconds", "cpu_seconds", "peak_rss_bytes")
 
@@ -31,12 +33,9 @@ def stage_costs(experiments: Iterable[Experiment]) -> pd.DataFrame:
     """
     rows = []
     for experiment in experiments:
-        stages = experiment.record.get("stages")
-        for stage in stages if isinstance(stages, list) else []:
-            if isinstance(stage, Mapping) and isinstance(stage.get("stage"), str):
-                numbers = {name: stage.get(name) for name in _STAGE_NUMBERS}
-                numeric = {name: value if isinstance(value, int | float) else None for name, value in numbers.items()}
-                rows.append({"stage": stage["stage"], "identity": str(stage.get("identity")), **numeric})
+        for stage in stages_of(experiment):
+            numeric = {name: _number(stage, name) for name in _STAGE_NUMBERS}
+            rows.append({"stage": stage["stage"], "identity": str(stage.get("identity")), **numeric})
     frame = pd.DataFrame(rows, columns=["stage", "identity", *_STAGE_NUMBERS]).drop_duplicates(["stage", "identity"])
     frame = frame.astype(dict.fromkeys(_STAGE_NUMBERS, "float64"))
     return (
@@ -49,6 +48,46 @@ def stage_costs(experiments: Iterable[Experiment]) -> pd.DataFrame:
         )
         .reset_index()
     )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AdaptCost:
+    """What the adapt stages of one record took together, for all budgets; NaN where the record does not say."""
+
+    wall_seconds: float
+    peak_rss_bytes: float
+    tokens: float
+
+    @classmethod
+    def of(cls, experiment: Experiment) -> AdaptCost:
+        """Seconds and memory from the record's stages, tokens from what each phase reported."""
+        stages = [stage for stage in stages_of(experiment) if stage["stage"] == "adapt"]
+        adaptation = experiment.record.get("adaptation")
+        phases = adaptation.get("phases") if isinstance(adaptation, Mapping) else None
+        told = [phase for phase in phases if isinstance(phase, Mapping)] if isinstance(phases, list) else []
+        return cls(
+            wall_seconds=sum(_number(stage, "wall_seconds") for stage in stages) if stages else math.nan,
+            peak_rss_bytes=max((_number(stage, "peak_rss_bytes") for stage in stages), default=math.nan),
+            tokens=sum(_number(phase, "tokens", missing=0.0) for phase in told) or math.nan,
+        )
+
+
+def seconds_per_token(costs: Sequence[AdaptCost]) -> float:
+    """Seconds of adapt stages per token of adaptation, over all records of `costs`; NaN where one is not known."""
+    tokens = sum(cost.tokens for cost in costs)
+    return sum(cost.wall_seconds for cost in costs) / tokens if tokens else math.nan
+
+
+def stages_of(experiment: Experiment) -> list[Mapping[str, Any]]:
+    """The record's entries of stages that have a name."""
+    stages = experiment.record.get("stages")
+    entries = stages if isinstance(stages, list) else []
+    return [entry for entry in entries if isinstance(entry, Mapping) and isinstance(entry.get("stage"), str)]
+
+
+def _number(entry: Mapping[str, Any], name: str, missing: float = math.nan) -> float:
+    value = entry.get(name)
+    return float(value) if isinstance(value, int | float) else missing
 
 
 def _leaves(node: Any, path: str = "") -> Iterable[tuple[str, str]]:

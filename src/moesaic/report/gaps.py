@@ -13,7 +13,7 @@ from typing import Any
 import pandas as pd
 
 from moesaic.report.columns import Quality
-from moesaic.report.summary import DENSE_METHODS, in_reading_order, mean_interval, summarise_points, usable_points
+from moesaic.report.summary import in_reading_order, mean_interval, routed, summarise_points, usable_points
 
 __all__ = ["GAPS", "RUNGS", "Gap", "gap_table", "visible_limit"]
 
@@ -119,9 +119,7 @@ def _columns() -> list[str]:
 
 
 def _routed(points: pd.DataFrame) -> pd.DataFrame:
-    laddered = points["arm"].isin(_OWN_ARMS)
-    static = points["method"].isin(DENSE_METHODS) | points["method"].str.startswith("static_")
-    return points[laddered & ~static]
+    return routed(points[points["arm"].isin(_OWN_ARMS)])
 
 
 def _rungs(

@@ -5,7 +5,7 @@ A file that is missing or cannot be read gives no scores; the comparison that ne
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -37,10 +37,12 @@ def read_scores(folder: Path) -> dict[ScoreKey, Scores]:
     return {**_tolerant(folder / DOCUMENTS_FILE, _losses), **_tolerant(folder / ITEMS_FILE, _answers)}
 
 
-def _tolerant(path: Path, read: object) -> dict[ScoreKey, Scores]:
+_Reader = Callable[[pd.DataFrame], Iterable[tuple[ScoreKey, Scores]]]
+
+
+def _tolerant(path: Path, read: _Reader) -> dict[ScoreKey, Scores]:
     try:
-        frame = pd.read_parquet(path)
-        return dict(read(frame))  # type: ignore[operator]
+        return dict(read(pd.read_parquet(path)))
     except (OSError, ValueError, KeyError, TypeError, IndexError):
         return {}
 
@@ -87,7 +89,7 @@ def _answers(frame: pd.DataFrame) -> Iterator[tuple[ScoreKey, Scores]]:
 def _correct_and_margin(
     loglik: Iterable[NDArray[np.float64]], gold_U: NDArray[np.int_]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Per item 1 where the right option is the likeliest (the first of equals), and its lead over the best wrong one."""
+    """1 where an item's right option is likeliest (the first of equals), and its lead over the best wrong one."""
     options = [np.asarray(values, dtype=float) for values in loglik]
     widest = max(map(len, options))
     loglik_UO = np.full((len(options), widest), -np.inf)

@@ -23,6 +23,7 @@ __all__ = [
     "in_reading_order",
     "mean_interval",
     "own_timings",
+    "routed",
     "summarise",
     "summarise_points",
     "usable_points",
@@ -105,6 +106,12 @@ def deployed(means: pd.DataFrame) -> pd.DataFrame:
     keys = zip(means["configuration"], means["budget"].fillna(-1.0), strict=True)
     router_only = (means["arm"] == "learned_router") & pd.Series([k not in finished for k in keys], index=means.index)
     return means[means["arm"].isin(["dense", "adapted"]) | router_only]
+
+
+def routed(points: pd.DataFrame) -> pd.DataFrame:
+    """The rows of `points` whose method chooses per token: not dense, and no static control."""
+    static = points["method"].isin(DENSE_METHODS) | points["method"].str.startswith("static_")
+    return points[~static]
 
 
 def in_reading_order(means: pd.DataFrame) -> pd.DataFrame:
