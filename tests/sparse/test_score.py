@@ -103,6 +103,8 @@ def test_linear_is_a_matrix_product_and_starts_within_its_bounds() -> None:
     assert 0.1 < module.weight_BD.abs().max() <= 8**-0.5
     assert 0 < module.bias_B.abs().max() <= 8**-0.5
     assert built(Linear(bias=False), experts).bias_B is None
+    undecided = built(Linear(activation="sigmoid", init="zero"), experts)
+    assert undecided.activate(undecided(x_TD, experts)).eq(0.5).all()
 
 
 @pytest.mark.parametrize(("gated", "rows"), [(True, "auto"), (True, "up"), (False, "auto")])

@@ -101,15 +101,18 @@ class JointScoreModule(ScoreModule):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Linear(Score):
-    """One linear layer on x; weights start uniform in +-1/sqrt(D), PyTorch's default. Source: arXiv:2408.11855."""
+    """One linear layer on x. `init`: uniform in +-1/sqrt(D), PyTorch's default, or zero. Source: arXiv:2408.11855."""
 
     bias: bool = True
+    init: Literal["uniform", "zero"] = "uniform"
 
     def build(self, dim: int, num_blocks: int) -> ScoreModule:
         return _LinearModule(self, dim, num_blocks)
 
 
 class _LinearModule(ScoreModule):
+    config: Linear
+
     def __init__(self, config: Linear, dim: int, num_blocks: int) -> None:
         super().__init__(config)
         self.weight_BD = nn.Parameter(torch.zeros(num_blocks, dim))
@@ -122,6 +125,8 @@ class _LinearModule(ScoreModule):
 
     @torch.no_grad()
     def initialise(self, experts: Experts, x_TD: Tensor | None, *, generator: Generator) -> None:
+        if self.config.init == "zero":
+            return
         bound = experts.dim**-0.5
         _fill_uniform(self.weight_BD, bound, generator)
         if self.bias_B is not None:
