@@ -295,6 +295,8 @@ def test_only_matrices_decay_and_groups_stay_as_given() -> None:
     assert (vectors["params"][0] is linear.bias, vectors["weight_decay"]) == (True, 0.0)
     grouped = optimizer_of([{"params": list(linear.parameters()), "lr": 7.0}, {"params": [frozen]}], cfg)["optimizer"]
     assert [(len(g["params"]), g["initial_lr"], g["weight_decay"]) for g in grouped.param_groups] == [(2, 7.0, 0.3)]
+    mixed = optimizer_of([linear.weight, {"params": [linear.bias], "lr": 7.0, "weight_decay": 0.1}], cfg)["optimizer"]
+    assert [(g["initial_lr"], g["weight_decay"]) for g in mixed.param_groups] == [(cfg.lr, 0.3), (7.0, 0.1)]
     with pytest.raises(ValueError, match="nothing to train"):
         optimizer_of([frozen], cfg)
 

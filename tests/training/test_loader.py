@@ -51,6 +51,15 @@ def test_next_round_continues_the_stream() -> None:
     assert drawn(batches.with_steps(2)) == drawn(numbered(10, 4))
 
 
+def test_a_second_fit_goes_on_where_the_first_one_stopped() -> None:
+    whole = drawn(numbered(10, 4, steps=6))
+    rest = numbered(10, 4).after(2).with_steps(4)
+    assert drawn_some(rest, 1) == whole[2:3]
+    resumed = numbered(10, 4).after(2).with_steps(4)
+    resumed.load_state_dict(rest.state_dict())
+    assert drawn(resumed) == whole[3:]
+
+
 def test_tokens_come_as_int64_from_a_memory_map(tmp_path: Path) -> None:
     tokens_N = np.arange(60, dtype=np.uint16) + 60_000
     tokens_N.tofile(tmp_path / "tokens.bin")

@@ -97,10 +97,10 @@ def fit(module: LightningModule, batches: Batches, cfg: FitConfig, *, folder: Pa
     return run(module, batches, cfg, folder=folder, label=label)
 
 
-def optimizer_of(parameters: Iterable[Tensor] | Iterable[dict[str, Any]], cfg: FitConfig) -> Any:
+def optimizer_of(parameters: Iterable[Tensor | dict[str, Any]], cfg: FitConfig) -> Any:
     """What `LightningModule.configure_optimizers` returns: the optimizer and its per-step schedule.
 
-    `parameters` are tensors, of which matrices decay and vectors (biases, norms) do not, or optimizer groups: dicts of
+    `parameters` are tensors, of which matrices decay and vectors (biases, norms) do not, and optimizer groups: dicts of
     `params` and any of `lr`, `weight_decay`, `betas`, taken as they are. What is frozen is left out.
 
     Raises:
@@ -118,11 +118,11 @@ def optimizer_of(parameters: Iterable[Tensor] | Iterable[dict[str, Any]], cfg: F
 
 
 def _groups(parameters: list[Any], cfg: FitConfig) -> list[dict[str, Any]]:
-    if parameters and isinstance(parameters[0], dict):
-        return parameters
+    tensors = [p for p in parameters if not isinstance(p, dict)]
     return [
-        {"params": [p for p in parameters if p.ndim > 1]},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+        {"params": [p for p in tensors if p.ndim > 1]},
+        {"params": [p for p in tensors if p.ndim <= 1], "weight_decay": 0.0},
+        *(p for p in parameters if isinstance(p, dict)),
     ]
 
 

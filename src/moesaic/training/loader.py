@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Batches", "RowBatches", "TokenBatches", "order_of_pass"]
+__all__ = ["Batch", "Batches", "RowBatches", "TokenBatches", "order_of_pass", "take_rows"]
 
 Batch = dict[str, Tensor]
 
@@ -27,11 +27,12 @@ class Batches(ABC):
     Iterating again after the last batch begins a new round of `steps` batches that continues the stream.
     """
 
-    def __init__(self, *, seed: int, steps: int) -> None:
+    def __init__(self, *, seed: int, steps: int, first: int = 0) -> None:
         if steps < 1:
             raise ValueError(f"steps={steps} must be at least 1")
         self.seed = seed
         self.steps = steps
+        self.first = first
         self.position = 0
 
     @abstractmethod
@@ -46,7 +47,13 @@ class Batches(ABC):
     def with_steps(self, steps: int) -> Self:
         """The same stream from its beginning, `steps` batches long."""
         other = copy.copy(self)
-        Batches.__init__(other, seed=self.seed, steps=steps)
+        Batches.__init__(other, seed=self.seed, steps=steps, first=self.first)
+        return other
+
+    def after(self, number: int) -> Self:
+        """The same stream without its first `number` batches: what one fit leaves to the next."""
+        other = copy.copy(self)
+        Batches.__init__(other, seed=self.seed, steps=self.steps, first=self.first + number)
         return other
 
     def __len__(self) -> int:
@@ -57,7 +64,7 @@ class Batches(ABC):
             index = self.position
             # Counted before the yield: a checkpoint taken while this batch is being used already names the next one.
             self.position += 1
-            yield self.batch(index)
+            yield self.batch(self.first + index)
             if self.position % self.steps == 0:
                 return
 
@@ -100,7 +107,7 @@ class RowBatches(Batches):
 
     def batch(self, index: int) -> Batch:
         rows = _own_share(self.rows(index))
-        return {name: _take(column, rows) for name, column in self.columns.items()}
+        return {name: take_rows(column, rows) for name, column in self.columns.items()}
 
     def rows(self, index: int) -> Tensor:
         """Row numbers (batch_size,) int64 of batch number `index`."""
@@ -142,7 +149,8 @@ def order_of_pass(num_rows: int, *, seed: int, number: int) -> Tensor:
     return torch.randperm(num_rows, generator=generator)
 
 
-def _take(column: Tensor | np.ndarray, rows: Tensor) -> Tensor:
+def take_rows(column: Tensor | np.ndarray, rows: Tensor) -> Tensor:
+    """The rows of those numbers, (num_rows,) int64, in that order; unsigned integers wider than a byte as int64."""
     if isinstance(column, Tensor):
         return column[rows.to(column.device)]
     taken = column[rows.numpy()]
