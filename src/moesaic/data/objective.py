@@ -247,7 +247,8 @@ def objective_of(model: PreTrainedModel, split: TokenSplit) -> Objective:
         return SecondHalf(decoder_start_id=_needed(given, f"{type(model).__name__} names no decoder_start_token_id"))
     if head == "sequence_classification":
         pad_id = split.separator_id if config.pad_token_id is None else config.pad_token_id
-        return Classification(start_id=start_id, end_id=split.separator_id, pad_id=pad_id, num_labels=config.num_labels)
+        labels = config.id2label or {}
+        return Classification(start_id=start_id, end_id=split.separator_id, pad_id=pad_id, num_labels=len(labels))
     return NextToken()
 
 

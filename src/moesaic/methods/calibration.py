@@ -6,7 +6,10 @@ Shapes: T tokens, D model dim.
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,11 +18,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from moesaic.data.objective import forward, objective_of
 from moesaic.data.tokens import TokenSplit
 from moesaic.ffn.families import FFNPattern
 from moesaic.ffn.sites import capture_inputs, find_ffns
+from moesaic.training.loader import Batch, take_rows
 
 __all__ = ["Calibration", "calibrate"]
+
+_WINDOWS, _WINDOW_OF_ROW = "windows.safetensors", "window_T"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,26 +35,35 @@ class Calibration:
 
     folder: Path
     num_layers: int
+    num_windows: int
     num_tokens: int
 
     @classmethod
     def load(cls, folder: Path) -> Calibration:
         """The calibration that `calibrate` wrote to `folder`."""
         meta = json.loads((folder / "calibration.json").read_text())
-        return cls(folder=folder, num_layers=meta["num_layers"], num_tokens=meta["num_tokens"])
+        return cls(
+            folder=folder, num_layers=meta["num_layers"], num_windows=meta["num_windows"], num_tokens=meta["num_tokens"]
+        )
 
     def inputs_TD(self, layer: int) -> Tensor:
         """(T, D) inputs of FFN `layer` in the model's dtype, read lazily from disk."""
         return self._read(f"layer_{layer:03d}.safetensors", "inputs_TD")
 
     def windows_NC(self) -> Tensor:
-        """(N, C) int64 token ids of the calibration windows, in the order of the rows of `inputs_TD`."""
-        return self._read("windows.safetensors", "ids_NC")
+        """(N, C) int64 token ids that the model was given, windows in the order of the rows of `inputs_TD`."""
+        return self._read(_WINDOWS, "input_ids")
+
+    def windows(self) -> Iterator[Batch]:
+        """The calibration windows one by one, each as the batch of one row that the model was given."""
+        with safe_open(self.folder / _WINDOWS, framework="pt") as file:
+            columns = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (it is no mapping)
+        for row in range(self.num_windows):
+            yield {name: column[row : row + 1] for name, column in columns.items() if name != _WINDOW_OF_ROW}
 
     def window_T(self) -> Tensor:
         """(T,) int64: the window each row came from, so that a split never parts the tokens of one window."""
-        windows_NC = self.windows_NC()
-        return torch.arange(len(windows_NC)).repeat_interleave(windows_NC.shape[1])
+        return self._read(_WINDOWS, _WINDOW_OF_ROW)
 
     def _read(self, name: str, key: str) -> Tensor:
         with safe_open(self.folder / name, framework="pt") as file:
@@ -65,30 +81,51 @@ def calibrate(
     context: int,
     batch_size: int = 8,
 ) -> Calibration:
-    """Run the dense model over `num_tokens` evenly spread training tokens and keep what each FFN was given.
+    """Run the dense model over about `num_tokens` evenly spread training tokens and keep what each FFN was given.
 
+    The model is given what its objective gives it in training (masked, cut in halves, labelled); padding is not kept.
     Raises ValueError when the corpus has fewer tokens than asked for. Source: arXiv:2110.01786 (calibrate on the dense
     model); layer by layer in memory, one file per layer, so a conversion reads one layer at a time.
     """
     sites = find_ffns(model, pattern)
-    windows_NC = tokens.blocks(context)
-    num_windows = num_tokens // context
-    if not 0 < num_windows <= len(windows_NC):
+    objective = objective_of(model, tokens)
+    columns = objective.columns(tokens, context)
+    num_rows, tokens_per_row = len(columns["input_ids"]), objective.tokens_per_row(columns)
+    num_windows = int(num_tokens / tokens_per_row)
+    if not 0 < num_windows <= num_rows:
         raise ValueError(
-            f"method.calibration_tokens={num_tokens} needs {num_windows} windows of {context} tokens, but the training "
-            f"split has {len(windows_NC)}. Ask for {context}..{len(windows_NC) * context} tokens or add data."
+            f"method.calibration_tokens={num_tokens} needs {num_windows} windows of {tokens_per_row:g} tokens, but the "
+            f"training split has {num_rows}. Ask for {math.ceil(tokens_per_row)}..{int(num_rows * tokens_per_row)} "
+            "tokens or add data."
         )
-    chosen = torch.linspace(0, len(windows_NC) - 1, num_windows).long().tolist()
+    chosen = torch.linspace(0, num_rows - 1, num_windows).long()
+    rows = {name: take_rows(column, chosen).long() for name, column in columns.items()}
+    windows = objective.batch(rows, [f"calibration/{row}" for row in chosen.tolist()])
     seen: list[list[Tensor]] = [[] for _ in sites]
-    ids_NC = torch.stack([torch.as_tensor(windows_NC[i].astype("int64")) for i in chosen])
     model.eval()
-    with capture_inputs(sites, lambda index, x: seen[index].append(x.reshape(-1, x.shape[-1]).clone())):
-        for batch_NC in ids_NC.split(batch_size):
-            model(input_ids=batch_NC)
+    for first in range(0, num_windows, batch_size):
+        batch = {name: column[first : first + batch_size] for name, column in windows.items()}
+        with capture_inputs(sites, partial(keep_rows, seen, batch.get("attention_mask"))):
+            forward(model, batch)
     for index, parts in enumerate(seen):
         save_file({"inputs_TD": torch.cat(parts)}, folder / f"layer_{index:03d}.safetensors")
         parts.clear()
-    save_file({"ids_NC": ids_NC}, folder / "windows.safetensors")
-    meta = {"num_layers": len(sites), "num_tokens": num_windows * context, "context": context}
+    window_NC = torch.arange(num_windows)[:, None].expand(-1, round(tokens_per_row))
+    if "attention_mask" in windows:
+        window_NC = torch.arange(num_windows)[:, None].expand_as(windows["attention_mask"])
+    window_T = flat_rows(window_NC[..., None], windows.get("attention_mask"))[:, 0].contiguous()
+    save_file({**windows, _WINDOW_OF_ROW: window_T}, folder / _WINDOWS)
+    meta = {"num_layers": len(sites), "num_windows": num_windows, "num_tokens": len(window_T), "context": context}
     (folder / "calibration.json").write_text(json.dumps(meta))
     return Calibration.load(folder)
+
+
+def keep_rows(seen: list[list[Tensor]], kept_NC: Tensor | None, index: int, x: Tensor) -> None:
+    """Add the input `x` (N, C, D) of FFN `index` to what it has seen."""
+    seen[index].append(flat_rows(x, kept_NC))
+
+
+def flat_rows(x: Tensor, kept_NC: Tensor | None) -> Tensor:
+    """(T, D) copy of `x` (N, C, D), of which only those tokens are kept that `kept_NC` marks (None: all)."""
+    rows_TD = x.reshape(-1, x.shape[-1])
+    return rows_TD.clone() if kept_NC is None else rows_TD[kept_NC.flatten().bool()]

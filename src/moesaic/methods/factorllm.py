@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from moesaic.data.objective import forward
 from moesaic.ffn.dense import DenseFFN
 from moesaic.methods.base import AdaptJob, Phase, select_blocks
 from moesaic.methods.calibration import Calibration
@@ -81,7 +82,7 @@ class LabelledRouting(pl.LightningModule):
         """Sum over layers of the router loss, mean over the batch's tokens."""
         with capture_layer_inputs(self.model) as inputs, torch.no_grad():
             self.model.eval()
-            self.model(input_ids=batch["input_ids"], use_cache=False)
+            forward(self.model, batch)
         losses = [self.layer_loss(layer, x_TD) for layer, x_TD in zip(sparse_layers(self.model), inputs, strict=True)]
         return torch.stack(losses).sum()
 

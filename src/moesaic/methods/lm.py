@@ -1,6 +1,6 @@
-"""Language-model fine-tuning of a converted model: the phase that most recipes end with, and all controls share.
+"""Fine-tuning of a converted model on its own objective: the phase that most recipes end with, and all controls share.
 
-Shapes: N sequences in a batch, C context.
+What is predicted follows from the model's head (`data.objective`): next or masked tokens, a second half, a label.
 """
 
 from __future__ import annotations
@@ -10,26 +10,36 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import pytorch_lightning as pl
+import torch
 from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.nn import Parameter
 from transformers import PreTrainedModel
 
+from moesaic.data.objective import ObjectiveBatches, forward, objective_of
 from moesaic.ffn.families import FFNPattern
 from moesaic.ffn.sites import find_ffns
 from moesaic.methods.base import AdaptJob, Phase
+from moesaic.methods.calibration import Calibration
 from moesaic.sparse.layer import sparse_layers
 from moesaic.training.fit import FitConfig, fit, optimizer_of
-from moesaic.training.loader import TokenBatches
 
-__all__ = ["FinetuneLM", "LanguageModelling", "ffn_parameters", "router_parameters", "task_loss", "train_only"]
+__all__ = [
+    "FinetuneLM",
+    "LanguageModelling",
+    "calibration_loss",
+    "ffn_parameters",
+    "router_parameters",
+    "task_loss",
+    "train_only",
+]
 
 Part = Literal["ffn", "router", "all"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FinetuneLM(Phase):
-    """Next-token fine-tuning of chosen parts; everything else stays bitwise as it was.
+    """Fine-tuning of chosen parts on the model's objective; everything else stays bitwise as it was.
 
     `train`: `ffn` (gate, up, down, their biases, and the learned scale of `combine` if there is one), `router`, `all`.
     The batches depend on the seed alone: every method and `dense_same_tokens` sees the same tokens in the same order.
@@ -46,7 +56,7 @@ class FinetuneLM(Phase):
 
 
 class LanguageModelling(pl.LightningModule):
-    """Next-token cross-entropy on a Hugging Face causal language model."""
+    """The cross-entropy of a Hugging Face model's objective."""
 
     def __init__(self, model: PreTrainedModel, parameters: list[Parameter], config: FitConfig) -> None:
         super().__init__()
@@ -62,13 +72,24 @@ class LanguageModelling(pl.LightningModule):
 
 
 def task_loss(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
-    """Mean next-token cross-entropy in nats of a batch with `input_ids` (N, C): what every recipe's task loss is."""
-    return model(input_ids=batch["input_ids"], labels=batch["input_ids"], use_cache=False).loss
+    """Mean cross-entropy in nats of a batch of the model's objective: what every recipe's task loss is.
+
+    A batch without labels is one of next tokens: causal models take their inputs as labels, and shift them.
+    """
+    return forward(model, {"labels": batch["input_ids"], **batch}).loss
+
+
+@torch.no_grad()
+def calibration_loss(model: PreTrainedModel, calibration: Calibration, max_tokens: int) -> float:
+    """The task's mean loss on the first calibration windows, `max_tokens` tokens or one window."""
+    windows_NC = calibration.windows_NC()
+    return task_loss(model, {"input_ids": windows_NC[: max(1, max_tokens // windows_NC.shape[1])]}).item()
 
 
 def fit_language_model(module: pl.LightningModule, job: AdaptJob, config: FitConfig, *, label: str) -> dict[str, Any]:
-    """Fit `module` on the adaptation tokens; the facts that go into the record."""
-    batches = TokenBatches(job.tokens.blocks(job.context), batch_size=config.batch_size, seed=job.seed)
+    """Fit `module` on the adaptation tokens, as batches of the model's objective; the facts that go into the record."""
+    objective = objective_of(job.model, job.tokens)
+    batches = ObjectiveBatches(objective, job.tokens, context=job.context, batch_size=config.batch_size, seed=job.seed)
     result = fit(module, batches, config, folder=job.folder, label=label)
     module.eval().float()
     return {

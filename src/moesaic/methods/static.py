@@ -6,12 +6,14 @@ Shapes: T tokens, D model dim, F FFN width, W kept neurons.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from moesaic.data.objective import forward
 from moesaic.ffn.dense import DenseFFN
 from moesaic.ffn.sites import find_ffns
 from moesaic.methods.base import ConvertJob, Method
@@ -151,7 +153,7 @@ def block_influence(
 ) -> Tensor:
     """(num_layers,) 1 - mean cosine between a layer's input and output, float32, on up to `max_windows` windows."""
     total = torch.zeros(len(stack))
-    windows_NC = calibration.windows_NC()[:max_windows]
+    windows = list(islice(calibration.windows(), max_windows))
 
     def note(index: int) -> Any:
         def hook(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -162,12 +164,12 @@ def block_influence(
 
     handles = [layer.register_forward_hook(note(i)) for i, layer in enumerate(stack)]
     try:
-        for window_C in windows_NC:
-            model(input_ids=window_C[None], use_cache=False)
+        for window in windows:
+            forward(model, window)
     finally:
         for handle in handles:
             handle.remove()
-    return total / len(windows_NC)
+    return total / len(windows)
 
 
 def renumber(layer: nn.Module, index: int) -> None:
