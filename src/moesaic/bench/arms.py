@@ -80,7 +80,7 @@ def control_arm(layers: Sequence[SparseFFN], control: Control, own_L: Sequence[L
     """
     selections = []
     for layer, use in zip(layers, own_L, strict=True):
-        if layer.select.static_blocks(layer.experts.num_blocks) is not None:
+        if layer.static_blocks is not None:
             selections.append(layer.select)
         elif control == "all_blocks":
             selections.append(AllBlocks())

@@ -145,7 +145,7 @@ def _ready_arms(pair: _Pair, cell: Cell, config: BenchConfig, layers: list[Spars
         return [_Ready(control="own", executor=DENSE, name="own", loads=loads, prepare=prepare)]
     arms = [own_arm(layers), *(own_arm(layers, name) for name in config.executors)]
     own_L = observe(pair.own, cell.prepare(pair.own, pair.prompts_NC)())
-    if not all(layer.select.static_blocks(layer.experts.num_blocks) is not None for layer in layers):
+    if not all(layer.static_blocks is not None for layer in layers):
         tokens = cell.call.total_tokens
         arms += [control_arm(layers, control, own_L, tokens) for control in config.controls]
     return [_ready(pair, cell, layers, arm) for arm in arms]

@@ -88,6 +88,11 @@ class SparseFFN(nn.Module):
             self.select_state = None if kept is None else kept.to(self.experts.up_BSD.device)
         self._select = rule
 
+    @property
+    def static_blocks(self) -> int | None:
+        """k where this layer runs blocks 0..k-1 for every token whatever the scores; else None."""
+        return self.select.resolved(self.select_state).static_blocks(self.experts.num_blocks)
+
     def forward(self, x: Tensor) -> Tensor:
         """The sparse FFN's output, shape (..., D) like `x`, in the dtype that the dense FFN would return.
 
@@ -173,7 +178,7 @@ class SparseFFN(nn.Module):
         """How many blocks run for every token with weight 1, where that is known and no executor was asked for."""
         if self.executor != AUTO or not self.combine.plain:
             return None
-        return self.select.static_blocks(self.experts.num_blocks)
+        return self.static_blocks
 
     @property
     def _lists_idle_blocks(self) -> bool:

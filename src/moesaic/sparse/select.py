@@ -96,6 +96,10 @@ class Selection(ABC):
         """k where blocks 0..k-1 run for every token whatever the scores, so that no routing is needed; else None."""
         return None
 
+    def resolved(self, state: nn.Module | None) -> Selection:
+        """The rule that this one comes down to in a layer with that `state`: itself, unless the state decides alone."""
+        return self
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AllBlocks(Selection):
