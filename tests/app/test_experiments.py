@@ -98,3 +98,19 @@ def test_what_cannot_work_is_refused_before_any_stage_runs(override, message, ov
     with pytest.raises((ConfigError, ValueError), match=message):
         run([*overrides, "method=moefication", "method.budgets=[8]", "method.select.k=8", override])
     assert not list((tmp_path / "runs").rglob("config.json"))
+
+
+@pytest.mark.parametrize("rule", ["greedy", "solved"])
+@pytest.mark.parametrize("method", ["static_slice", "moefication"])
+def test_an_allocation_keeps_the_mean_share_and_moves_it_between_layers(method, rule, overrides):
+    blocks = {"static_slice": ["method.budgets=[2]"], "moefication": ["+method/blocks=b4", "method.budgets=[2]"]}
+    _, record = run([*overrides, f"method={method}", *blocks[method], f"+method/allocate={rule}"])
+    adapted = next(point for point in record["points"] if point["arm"] == "adapted")
+    assert adapted["active_ffn_frac"] == pytest.approx(0.5, abs=0.01)
+    stages = {stage["stage"] for stage in record["stages"]}
+    assert "allocate" in stages
+
+
+def test_an_allocation_needs_budgets_that_are_shares(overrides):
+    with pytest.raises(ConfigError, match=r"method\.allocate: the budgets of static_depth .* are no active shares"):
+        run([*overrides, "method=static_depth", "+method/allocate=greedy"])

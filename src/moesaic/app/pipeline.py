@@ -37,10 +37,24 @@ def check(config: MoesaicConfig) -> None:
             config.method.check_width(width)
         except ValueError as error:
             raise ConfigError(f"method.{error}") from error
+    _check_allocation(config)
     config.evaluate.check()
     positions = getattr(skeleton.config, "max_position_embeddings", None)
     if positions is not None:
         _check_lengths(config, positions)
+
+
+def _check_allocation(config: MoesaicConfig) -> None:
+    method = config.method
+    if method.allocate is None:
+        return
+    if not method.budgets or any(method.share(budget) is None for budget in method.budgets):
+        raise ConfigError(
+            f"method.allocate: the budgets of {method.name} ({list(method.budgets)}) are no active shares, so there is "
+            "nothing to spread over layers. Use a method whose budget is a number of blocks, or method.allocate=null."
+        )
+    if not method.calibration_tokens:
+        raise ConfigError("method.allocate needs calibration inputs: set method.calibration_tokens above 0.")
 
 
 def _check_lengths(config: MoesaicConfig, positions: int) -> None:

@@ -73,9 +73,18 @@ class Plan:
         """The model after the cut; only methods that cut to a budget have one for each."""
         if not self.method.converts:
             return self.prepared
-        return stages.convert(
-            self.config, self.prepared, self.calibration, budget if self.method.converts_per_budget else None
-        )
+        if not self.method.converts_per_budget:
+            return stages.convert(self.config, self.prepared, self.calibration, None)
+        return stages.convert(self.config, self.prepared, self.calibration, budget, self.allocation(budget))
+
+    @cache  # noqa: B019
+    def allocation(self, budget: float | None) -> Stage | None:
+        """Each layer's share of `budget`, where the method does not give all layers the same."""
+        if self.method.allocate is None or budget is None:
+            return None
+        assert self.calibration is not None
+        whole = self.prepared if self.method.converts_per_budget else self.converted(None)
+        return stages.allocate(self.config, whole, self.calibration, budget)
 
     def phase_models(self, budget: float | None) -> list[tuple[Phase, Stage]]:
         """Each phase of the recipe with the model it leaves behind, in order."""
@@ -83,7 +92,10 @@ class Plan:
         model = self.converted(budget)
         for name, phase in self.method.active_phases():
             own = budget if self.method.tied_to_budget(phase) else None
-            model = stages.adapt(self.config, name, phase, own, model, self.tokens("train"), self.calibration)
+            allocation = None if self.method.converts_per_budget else self.allocation(own)
+            model = stages.adapt(
+                self.config, name, phase, own, model, self.tokens("train"), self.calibration, allocation
+            )
             trained.append((phase, model))
         return trained
 
@@ -131,12 +143,18 @@ class Plan:
             point.model,
             self.tokens("heldout"),
             self.calibration if control else None,
-            matched,
+            matched=matched,
+            allocation=self._routing_allocation(point),
         )
 
     def timing(self, point: Point) -> Stage:
         """Speed of `point`, interleaved with the dense backbone."""
-        return stages.time(self.config, point.arm, point.budget, self.backbone, point.model, self.tokens("heldout"))
+        heldout, allocation = self.tokens("heldout"), self._routing_allocation(point)
+        return stages.time(self.config, point.arm, point.budget, self.backbone, point.model, heldout, allocation)
+
+    def _routing_allocation(self, point: Point) -> Stage | None:
+        """The allocation that the selections of `point` follow; a slice has its own built in."""
+        return self.allocation(point.budget) if isinstance(self.method, SparseMethod) else None
 
     def stages_of(self, point: Point) -> list[Stage]:
         """What has to be computed for `point`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,9 +27,11 @@ from moesaic.data.tokenizer import train_bpe
 from moesaic.data.tokens import TokenSplit, tokenise
 from moesaic.evaluate.harness import run_tasks
 from moesaic.evaluate.perplexity import perplexity
+from moesaic.methods.allocate import AllocationJob
 from moesaic.methods.base import AdaptJob, ConvertJob, Phase, SparseMethod, select_blocks
 from moesaic.methods.calibration import Calibration, calibrate
 from moesaic.methods.controls import Arm, apply_arm
+from moesaic.methods.lm import calibration_loss
 from moesaic.runs.atomic import write_json_atomic
 from moesaic.runs.stage import Stage
 from moesaic.sparse.layer import sparse_layers
@@ -38,6 +41,7 @@ from moesaic.training.progress import ProgressLine
 
 __all__ = [
     "adapt",
+    "allocate",
     "convert",
     "evaluate",
     "fetch_backbone",
@@ -52,6 +56,7 @@ __all__ = [
 FACTS_FILE = "facts.json"  # what a phase reports beside the model
 QUALITY_FILE = "quality.json"
 SPEED_FILE = "speed.json"
+SHARES_FILE = "shares.json"
 DOCUMENTS_FILE = "documents.parquet"
 ITEMS_FILE = "items.parquet"
 
@@ -134,18 +139,63 @@ def run_calibration(config: MoesaicConfig, dense: Stage, tokens: Stage) -> Stage
     return Stage(name="calibrate", label=label, config=counted, parents=(dense, tokens), compute=compute)
 
 
-def convert(config: MoesaicConfig, dense: Stage, calibration: Stage | None, budget: float | None) -> Stage:
+def allocate(config: MoesaicConfig, model: Stage, calibration: Stage, budget: float) -> Stage:
+    """Each layer's share of a budget, found before anything is trained."""
+    method = config.method
+    rule = method.allocate
+    assert rule is not None
+
+    def compute(folder: Path, parents: Folders) -> None:
+        net, _ = load_any(parents[0])
+        cached = Calibration.load(parents[1])
+        share = method.share(budget)
+        assert share is not None
+        job = ConvertJob(model=net, pattern=config.backbone.ffn, calibration=cached, budget=budget, seed=config.seed)
+        probe, select = method.probe(job)
+        found = rule.shares(
+            AllocationJob(
+                model=probe,
+                calibration=cached,
+                select=select,
+                share=share,
+                loss=partial(calibration_loss, probe, cached),
+                label=f"allocate {_label(method.name, budget)}",
+            )
+        )
+        write_json_atomic(folder / SHARES_FILE, {"share_L": found})
+
+    counted: dict[str, Any] = {"allocate": rule, "budget": budget, "method": method.conversion(), "seed": config.seed}
+    if isinstance(method, SparseMethod):
+        counted |= {"oracle": method.oracle, "select": method.select}
+    label = _label(method.name, budget)
+    return Stage(name="allocate", label=label, config=counted, parents=(model, calibration), compute=compute)
+
+
+def convert(
+    config: MoesaicConfig,
+    dense: Stage,
+    calibration: Stage | None,
+    budget: float | None,
+    allocation: Stage | None = None,
+) -> Stage:
     """The model after the cut: no weight is trained yet, and a routed model still runs all its blocks."""
     method = config.method
 
     def compute(folder: Path, parents: Folders) -> None:
         model, tokenizer = load_backbone(parents[0])
         cached = Calibration.load(parents[1]) if calibration is not None else None
-        job = ConvertJob(model=model, pattern=config.backbone.ffn, calibration=cached, budget=budget, seed=config.seed)
+        job = ConvertJob(
+            model=model,
+            pattern=config.backbone.ffn,
+            calibration=cached,
+            budget=budget,
+            seed=config.seed,
+            share_L=read_shares(parents, allocation),
+        )
         save_model(method.convert(job), tokenizer, folder, {})
 
     counted = {"method": method.conversion(), "budget": budget, "seed": config.seed}
-    parents = (dense,) if calibration is None else (dense, calibration)
+    parents = present(dense, calibration, allocation)
     return Stage(name="convert", label=_label(method.name, budget), config=counted, parents=parents, compute=compute)
 
 
@@ -157,15 +207,15 @@ def adapt(
     model: Stage,
     tokens: Stage,
     calibration: Stage | None,
+    allocation: Stage | None = None,
 ) -> Stage:
     """The model after one phase of the recipe; resumed from its checkpoint when it was killed."""
     method = config.method
 
     def compute(folder: Path, parents: Folders) -> None:
         net, tokenizer = load_any(parents[0])
-        selection = method.selection_at(budget)
-        if selection is not None:
-            select_blocks(net, selection)
+        if isinstance(method, SparseMethod):
+            select_blocks(net, method.selections_at(budget, read_shares(parents, allocation)))
         cached = Calibration.load(parents[2]) if calibration is not None else None
         label = f"{_label(method.name, budget)} {name}"
         dtype = net.dtype
@@ -178,7 +228,7 @@ def adapt(
     counted: dict[str, Any] = {"phase": phase, "budget": budget, "context": config.adapt.context, "seed": config.seed}
     if isinstance(method, SparseMethod) and phase.uses_selection:
         counted["select"] = method.select
-    parents = (model, tokens) if calibration is None else (model, tokens, calibration)
+    parents = present(model, tokens, calibration, allocation)
     label = f"{_label(method.name, budget)}-{name}"
     return Stage(name="adapt", label=label, config=counted, parents=parents, compute=compute)
 
@@ -190,7 +240,9 @@ def evaluate(
     model: Stage,
     heldout: Stage,
     calibration: Stage | None,
+    *,
     matched: Stage | None = None,
+    allocation: Stage | None = None,
 ) -> Stage:
     """Quality, cost and routing statistics of one arm at one budget.
 
@@ -203,8 +255,9 @@ def evaluate(
         net, tokenizer = load_any(parents[0])
         if isinstance(method, SparseMethod) and sparse_layers(net):
             cached = Calibration.load(parents[2]) if calibration is not None else None
-            share_L = read_json(parents[3] / QUALITY_FILE)["routing"]["active_frac_L"] if matched is not None else None
-            apply_arm(net, arm, method, cast(float, budget), cached, config.seed, active_frac_L=share_L)
+            own_L = read_json(parents[3] / QUALITY_FILE)["routing"]["active_frac_L"] if matched is not None else None
+            share_L = read_shares(parents, allocation)
+            apply_arm(net, arm, method, cast(float, budget), cached, config.seed, share_L=share_L, active_frac_L=own_L)
         split = TokenSplit.load(parents[1])
         label = f"{arm} {_label(method.name, budget)}"
         result: dict[str, Any] = {}
@@ -244,21 +297,32 @@ def evaluate(
         counted |= {"select": method.select, "seed": config.seed}
         counted |= {"oracle": method.oracle} if arm == "oracle_router" else {}
         counted |= {"random": method.random} if arm == "random_router" else {}
-    parents = (model, heldout, *(stage for stage in (calibration, matched) if stage is not None))
+    parents = present(model, heldout, calibration, matched, allocation)
     label = "dense" if arm == "dense" else f"{_label(method.name, budget)}-{arm}"
     return Stage(name="evaluate", label=label, config=counted, parents=parents, compute=compute)
 
 
-def time(config: MoesaicConfig, arm: Arm, budget: float | None, dense: Stage, model: Stage, heldout: Stage) -> Stage:
+def time(
+    config: MoesaicConfig,
+    arm: Arm,
+    budget: float | None,
+    dense: Stage,
+    model: Stage,
+    heldout: Stage,
+    allocation: Stage | None = None,
+) -> Stage:
     """Time of the model beside the dense backbone's, interleaved in a fresh process, on real tokens."""
     method, settings = config.method, config.bench
 
     def compute(folder: Path, parents: Folders) -> None:
         tokens_NC = TokenSplit.load(parents[2]).blocks(settings.prompt_tokens)
+        select = None
+        if isinstance(method, SparseMethod):
+            select = method.selections_at(budget, read_shares(parents, allocation))
         request = BenchRequest(
             dense=parents[0],
             sparse=parents[1],
-            select=method.selection_at(budget),
+            select=select,
             prompts=prompt_rows(np.asarray(tokens_NC), settings),
             config=settings,
             pattern=config.backbone.ffn,
@@ -270,8 +334,18 @@ def time(config: MoesaicConfig, arm: Arm, budget: float | None, dense: Stage, mo
         write_json_atomic(folder / SPEED_FILE, outcome.result)
 
     counted = {"budget": budget, "bench": settings, "select": method.selection_at(budget)}
-    label = _label(method.name, budget)
-    return Stage(name="bench", label=label, config=counted, parents=(dense, model, heldout), compute=compute)
+    parents = present(dense, model, heldout, allocation)
+    return Stage(name="bench", label=_label(method.name, budget), config=counted, parents=parents, compute=compute)
+
+
+def present(*stages: Stage | None) -> tuple[Stage, ...]:
+    """Those stages that there are, in order: an optional parent comes after those that are always there."""
+    return tuple(stage for stage in stages if stage is not None)
+
+
+def read_shares(parents: Folders, allocation: Stage | None) -> list[float] | None:
+    """Each layer's share of the budget where the last parent is an allocation."""
+    return None if allocation is None else read_json(parents[-1] / SHARES_FILE)["share_L"]
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

@@ -5,6 +5,7 @@ Shapes: N prompt rows, C tokens of each.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from moesaic.backbones.source import ModelSource
 from moesaic.bench.config import BenchConfig
 from moesaic.bench.timing import time_models
 from moesaic.ffn.families import FFNPattern
-from moesaic.sparse.layer import sparse_layers
+from moesaic.methods.base import select_blocks
 from moesaic.sparse.model import load_model
 from moesaic.sparse.select import Selection
 
@@ -31,13 +32,13 @@ __all__ = ["BenchRequest", "bench_point"]
 class BenchRequest:
     """Folders of the dense and of the sparse model (the same one is allowed), and what to time them on.
 
-    `select` is given to every sparse layer (None: as saved). `prompts` is int64 (N, C), real tokens; `samples` is the
-    parquet file for the raw samples. `pattern` says where an unknown family has its FFNs.
+    `select` is given to every sparse layer, or one to each (None: as saved). `prompts` is int64 (N, C), real tokens;
+    `samples` is the parquet file for the raw samples. `pattern` says where an unknown family has its FFNs.
     """
 
     dense: Path
     sparse: Path
-    select: Selection | None
+    select: Selection | Sequence[Selection] | None
     prompts: np.ndarray
     config: BenchConfig
     samples: Path
@@ -57,8 +58,7 @@ def bench_point(request: BenchRequest) -> dict[str, Any]:
         torch.set_num_threads(config.threads)
     dense, own = (_load(folder, config) for folder in (request.dense, request.sparse))
     if request.select is not None:
-        for layer in sparse_layers(own):
-            layer.select = request.select
+        select_blocks(own, request.select)
     prompts_NC = torch.from_numpy(request.prompts).to(dense.device)
     timing = time_models(dense, own, prompts_NC, config, pattern=request.pattern)
     pd.DataFrame(timing.samples).to_parquet(request.samples)

@@ -20,6 +20,7 @@ from moesaic.data.tokens import TokenSplit
 from moesaic.ffn.dense import DenseFFN
 from moesaic.ffn.families import FFNPattern
 from moesaic.ffn.sites import find_ffns
+from moesaic.methods.allocate import Allocation
 from moesaic.methods.calibration import Calibration
 from moesaic.sparse.combine import Combine
 from moesaic.sparse.experts import Experts
@@ -38,6 +39,7 @@ __all__ = [
     "Prepare",
     "SparseMethod",
     "layer_generator",
+    "replace_score",
     "routed_by",
     "select_blocks",
 ]
@@ -52,6 +54,7 @@ class ConvertJob:
     calibration: Calibration | None
     budget: float | None  # set only for methods that convert once per budget
     seed: int
+    share_L: list[float] | None = None  # each layer's active share, where such a method allocates its budget
 
 
 @dataclass(kw_only=True, slots=True)
@@ -104,6 +107,7 @@ class Method(ABC):
     phases: dict[str, Phase | None] = field(default_factory=dict)  # in order; null leaves a phase out
     prepare: Prepare | None = None
     calibration_tokens: int = 0  # tokens whose FFN inputs are kept for `convert` and router training
+    allocate: Allocation | None = None  # spreads a budget over layers; null: all layers get the same
 
     converts: ClassVar[bool] = True
     converts_per_budget: ClassVar[bool] = False  # True: a budget is fixed when converting (a slice), not at inference
@@ -125,6 +129,17 @@ class Method(ABC):
     def selection_at(self, budget: float | None) -> Selection | None:
         """The selection of an inference at `budget`; None where the model has its width built in."""
         return None
+
+    def share(self, budget: float | None) -> float | None:
+        """The mean active share 0..1 that `budget` stands for, so that it can be spread; None where scores decide."""
+        return None
+
+    def probe(self, job: ConvertJob) -> tuple[PreTrainedModel, Selection]:
+        """The model on which an allocation tries budgets, all blocks on, and the selection that limits a layer of it.
+
+        `job.model` is the dense model, or the converted one of a method that converts once for all budgets.
+        """
+        raise ValueError(f"{self.name} has nothing to allocate: set method.allocate=null")
 
     def active_phases(self) -> list[tuple[str, Phase]]:
         """The phases that run, in order, with their names."""
@@ -177,6 +192,18 @@ class SparseMethod(Method):
     def selection_at(self, budget: float | None) -> Selection:
         return self.select if budget is None else self.select.with_budget(budget)
 
+    def selections_at(self, budget: float | None, share_L: Sequence[float] | None) -> Selection | list[Selection]:
+        """The selection of an inference at `budget`, or one per layer where an allocation gave each its share."""
+        select = self.selection_at(budget)
+        return select if share_L is None else [select.with_share(share, self.blocks) for share in share_L]
+
+    def share(self, budget: float | None) -> float | None:
+        return self.selection_at(budget).share(self.blocks)
+
+    def probe(self, job: ConvertJob) -> tuple[PreTrainedModel, Selection]:
+        replace_score(job.model, self.oracle, job.seed)
+        return job.model, self.select
+
     def __post_init__(self) -> None:
         num_blocks = self.partition.num_blocks
         for selection in (self.select, *(self.select.with_budget(budget) for budget in self.budgets)):
@@ -217,6 +244,14 @@ class SparseMethod(Method):
         if inputs_TD is not None:
             combine.initialise(experts, inputs_TD)
         return SparseFFN(experts, score, AllBlocks(), combine, executor=self.executor)
+
+
+def replace_score(model: PreTrainedModel, score: Score, seed: int) -> None:
+    """Give every sparse layer a new, data-free score."""
+    for index, layer in enumerate(sparse_layers(model)):
+        built = score.build(layer.experts.dim, layer.experts.num_blocks)
+        built.initialise(layer.experts, None, generator=layer_generator(seed, index))
+        layer.score = built
 
 
 def layer_generator(seed: int, layer: int) -> Generator:

@@ -12,12 +12,11 @@ from typing import Literal
 import torch
 from transformers import PreTrainedModel
 
-from moesaic.methods.base import SparseMethod, layer_generator, select_blocks
+from moesaic.methods.base import SparseMethod, replace_score, select_blocks
 from moesaic.methods.calibration import Calibration
 from moesaic.methods.factorllm import fit_scales
 from moesaic.sparse.combine import Combine
 from moesaic.sparse.layer import sparse_layers
-from moesaic.sparse.score import Score
 from moesaic.sparse.select import AllBlocks
 
 __all__ = ["Arm", "apply_arm"]
@@ -33,10 +32,12 @@ def apply_arm(
     calibration: Calibration | None,
     seed: int,
     *,
+    share_L: Sequence[float] | None = None,
     active_frac_L: Sequence[float] | None = None,
 ) -> None:
     """Set `model` to `budget` and, for a control arm, replace its routing; fitted scales are fitted to that routing.
 
+    `share_L` is each layer's part of the budget, where the method allocates it (see `methods.allocate`).
     `active_frac_L` is what the adapted model ran in each layer: a control of an adaptive selection runs as much.
     """
     if arm == "all_blocks":
@@ -44,7 +45,7 @@ def apply_arm(
         for layer in sparse_layers(model):
             layer.combine = Combine().build(layer.experts.dim, layer.experts.num_blocks)
         return
-    select_blocks(model, method.select.with_budget(budget))
+    select_blocks(model, method.selections_at(budget, share_L))
     if arm == "oracle_router":
         replace_score(model, method.oracle, seed)
     elif arm == "random_router":
@@ -65,11 +66,3 @@ def match_selection(
         assert layer.score is not None
         score_TX = layer.score.activate(layer.score(x_TD, layer.experts))
         layer.select = layer.select.matched(score_TX, share, layer.experts.num_blocks)
-
-
-def replace_score(model: PreTrainedModel, score: Score, seed: int) -> None:
-    """Give every sparse layer a new, data-free score."""
-    for index, layer in enumerate(sparse_layers(model)):
-        built = score.build(layer.experts.dim, layer.experts.num_blocks)
-        built.initialise(layer.experts, None, generator=layer_generator(seed, index))
-        layer.score = built

@@ -71,6 +71,14 @@ class Selection(ABC):
         """
         return None
 
+    def share(self, num_blocks: int) -> float | None:
+        """The active share 0..1 that the budget stands for; None where only scores tell."""
+        return None
+
+    def with_share(self, share: float, num_blocks: int) -> Selection:
+        """The same rule with the budget that stands for `share`. Raises ValueError where only scores tell."""
+        raise ValueError(f"the budget of {type(self).__name__} is no share of blocks. Allocate with TopK or Prefix.")
+
     def matched(self, score_TX: Tensor, share: float, num_blocks: int) -> Selection:
         """The rule for a layer of which `share` (0..1) of all (token, block) pairs shall run.
 
@@ -127,8 +135,14 @@ class Prefix(Selection):
     def __call__(self, score_TX: Tensor, context: RoutingContext | None = None) -> Routing:
         return _prefix(score_TX, self.k, _num_blocks(score_TX, context))
 
-    def matched(self, score_TX: Tensor, share: float, num_blocks: int) -> Selection:
+    def share(self, num_blocks: int) -> float:
+        return self.k / num_blocks
+
+    def with_share(self, share: float, num_blocks: int) -> Prefix:
         return Prefix(k=round(share * num_blocks))
+
+    def matched(self, score_TX: Tensor, share: float, num_blocks: int) -> Selection:
+        return self.with_share(share, num_blocks)
 
     def check(self, num_blocks: int) -> None:
         _check_k(self.k, num_blocks)
@@ -166,8 +180,14 @@ class TopK(Selection):
         routed_TK = self.always + top_blocks(score_TB[:, self.always :], self.k - self.always)
         return Routing.from_topk(torch.cat([always_TK, routed_TK], dim=1), None, num_blocks)
 
-    def matched(self, score_TX: Tensor, share: float, num_blocks: int) -> Selection:
+    def share(self, num_blocks: int) -> float:
+        return self.k / num_blocks
+
+    def with_share(self, share: float, num_blocks: int) -> TopK:
         return replace(self, k=max(self.always, round(share * num_blocks)))
+
+    def matched(self, score_TX: Tensor, share: float, num_blocks: int) -> Selection:
+        return self.with_share(share, num_blocks)
 
     def check(self, num_blocks: int) -> None:
         _check_k(self.k, num_blocks)
