@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -54,12 +53,11 @@ class Calibration:
         """(N, C) int64 token ids that the model was given, windows in the order of the rows of `inputs_TD`."""
         return self._read(_WINDOWS, "input_ids")
 
-    def windows(self) -> Iterator[Batch]:
-        """The calibration windows one by one, each as the batch of one row that the model was given."""
+    def windows(self, first: int, last: int) -> Batch:
+        """The calibration windows `first` .. `last` - 1 as a batch of what the model was given."""
         with safe_open(self.folder / _WINDOWS, framework="pt") as file:
-            columns = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (it is no mapping)
-        for row in range(self.num_windows):
-            yield {name: column[row : row + 1] for name, column in columns.items() if name != _WINDOW_OF_ROW}
+            names = [name for name in file.keys() if name != _WINDOW_OF_ROW]  # noqa: SIM118  (it is no mapping)
+            return {name: file.get_tensor(name)[first:last] for name in names}
 
     def window_T(self) -> Tensor:
         """(T,) int64: the window each row came from, so that a split never parts the tokens of one window."""

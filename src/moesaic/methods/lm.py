@@ -82,8 +82,8 @@ def task_loss(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
 @torch.no_grad()
 def calibration_loss(model: PreTrainedModel, calibration: Calibration, max_tokens: int) -> float:
     """The task's mean loss on the first calibration windows, `max_tokens` tokens or one window."""
-    windows_NC = calibration.windows_NC()
-    return task_loss(model, {"input_ids": windows_NC[: max(1, max_tokens // windows_NC.shape[1])]}).item()
+    num_windows = max(1, max_tokens * calibration.num_windows // calibration.num_tokens)
+    return task_loss(model, calibration.windows(0, num_windows)).item()
 
 
 def fit_language_model(module: pl.LightningModule, job: AdaptJob, config: FitConfig, *, label: str) -> dict[str, Any]:
