@@ -18,7 +18,7 @@ from moesaic.sparse.targets import (
     quantile_scale,
 )
 
-TARGETS = ("positive", "abs_sum", "l1", "l2sq", "output_norm")
+TARGETS = ("positive", "abs_sum", "l1", "l2", "l2sq", "output_norm")
 
 
 def looped_targets(experts: Experts, x_TD: Tensor, target: str) -> Tensor:
@@ -32,6 +32,7 @@ def looped_targets(experts: Experts, x_TD: Tensor, target: str) -> Tensor:
                 "positive": sum(v for v in values if v > 0),
                 "abs_sum": abs(sum(values)),
                 "l1": sum(abs(v) for v in values),
+                "l2": math.sqrt(sum(v * v for v in values)),
                 "l2sq": sum(v * v for v in values),
                 "output_norm": math.sqrt(sum(v * v for v in out_TBD[t, b].tolist())),
             }[target]

@@ -28,12 +28,13 @@ __all__ = [
     "quantile_scale",
 ]
 
-Target = Literal["positive", "abs_sum", "l1", "l2sq", "output_norm"]
+Target = Literal["positive", "abs_sum", "l1", "l2", "l2sq", "output_norm"]
 
 _MASSES: dict[str, Callable[[Tensor], Tensor]] = {
     "positive": lambda h_TBS: h_TBS.clamp(min=0).sum(-1),
     "abs_sum": lambda h_TBS: h_TBS.sum(-1).abs(),
     "l1": lambda h_TBS: h_TBS.abs().sum(-1),
+    "l2": lambda h_TBS: h_TBS.norm(dim=-1),
     "l2sq": lambda h_TBS: h_TBS.square().sum(-1),
 }
 
@@ -51,8 +52,8 @@ def expert_targets(experts: Experts, x_TD: Tensor, target: Target) -> Tensor:
 def block_targets(h_TBS: Tensor, target: Target, down_BSD: Tensor) -> Tensor:
     """float32 (T, B) >= 0 from the hidden activations of every block.
 
-    positive: sum of the positive ones; abs_sum: |sum|; l1: sum of |h|; l2sq: sum of h^2; output_norm: length of the
-    block's output, the only one that reads `down_BSD`.
+    positive: sum of the positive ones; abs_sum: |sum|; l1: sum of |h|; l2: length of h; l2sq: sum of h^2; output_norm:
+    length of the block's output, the only one that reads `down_BSD`.
     """
     if target == "output_norm":
         return output_norms(h_TBS, down_BSD)
