@@ -21,8 +21,8 @@ from moesaic.sparse.combine import Combine
 from moesaic.sparse.experts import Experts
 from moesaic.sparse.layer import SparseFFN
 from moesaic.sparse.model import convert_model
-from moesaic.sparse.partition import check_blocks
-from moesaic.sparse.select import AllBlocks
+from moesaic.sparse.partition import Importance, check_blocks
+from moesaic.sparse.select import AllBlocks, Prefix, Selection
 from moesaic.sparse.stats import NeuronStats
 
 __all__ = ["StaticDepth", "StaticSlice", "block_influence", "slice_ffn"]
@@ -59,13 +59,32 @@ class StaticSlice(Method):
     def check_width(self, width: int) -> None:
         check_blocks(width, self.num_blocks)
 
+    def share(self, budget: float | None) -> float | None:
+        return None if budget is None else budget / self.num_blocks
+
+    def probe(self, job: ConvertJob) -> tuple[PreTrainedModel, Selection]:
+        """Blocks in falling importance with their mean outputs: a prefix of them is the slice of that width."""
+        assert job.calibration is not None
+        partition = Importance(num_blocks=self.num_blocks, criterion="mean_abs_output")
+        layers = []
+        for site in find_ffns(job.model, job.pattern):
+            ffn, inputs_TD = site.read(), job.calibration.inputs_TD(site.index)
+            block_F = partition.labels(ffn, NeuronStats(ffn, inputs_TD), generator=torch.Generator())
+            experts = Experts.from_dense(ffn, block_F)
+            combine = Combine(fill="mean").build(ffn.dim, self.num_blocks)
+            combine.initialise(experts, inputs_TD)
+            layers.append(SparseFFN(experts, None, AllBlocks(), combine))
+            site.release()
+        return convert_model(job.model, layers, job.pattern), Prefix(k=self.num_blocks)
+
     def convert(self, job: ConvertJob) -> PreTrainedModel:
         assert job.calibration is not None
         assert job.budget is not None
         layers = []
         for site in find_ffns(job.model, job.pattern):
             ffn = site.read()
-            width = ffn.width // self.num_blocks * int(job.budget)
+            share = job.budget / self.num_blocks if job.share_L is None else job.share_L[site.index]
+            width = ffn.width // self.num_blocks * round(share * self.num_blocks)
             sliced = slice_ffn(ffn, job.calibration.inputs_TD(site.index), width)
             experts = Experts.from_dense(sliced, torch.zeros(width, dtype=torch.int64))
             layers.append(SparseFFN(experts, None, AllBlocks(), Combine().build(ffn.dim, 1)))
