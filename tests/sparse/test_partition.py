@@ -11,6 +11,7 @@ from moesaic.ffn.dense import DenseFFN
 from moesaic.sparse.experts import Experts
 from moesaic.sparse.partition import (
     BalancedKMeans,
+    BlocksOfSize,
     CoActivation,
     Contiguous,
     Importance,
@@ -28,6 +29,7 @@ FFNS = {
 }
 PARTITIONS = [
     Contiguous(num_blocks=6),
+    BlocksOfSize(block_size=4),
     Random(num_blocks=6),
     BalancedKMeans(num_blocks=6),
     BalancedKMeans(num_blocks=6, rows="down"),
@@ -71,6 +73,15 @@ def test_the_seed_decides_a_random_cut() -> None:
 
 def test_contiguous() -> None:
     assert cut(Contiguous(num_blocks=3), FFNS["gated"]).tolist() == [0] * 8 + [1] * 8 + [2] * 8
+
+
+def test_blocks_of_a_size_are_as_many_as_the_width_gives() -> None:
+    assert cut(BlocksOfSize(block_size=1), FFNS["gated"]).tolist() == list(range(24))
+    assert BlocksOfSize(block_size=8).for_width(64).num_blocks == 8
+    with pytest.raises(ValueError, match=r"partition.block_size=9 does not divide the FFN width 24 .*8, 12\)"):
+        BlocksOfSize(block_size=9).check_width(24)
+    with pytest.raises(ValueError, match=r"partition.block_size=0 is below 1"):
+        BlocksOfSize(block_size=0)
 
 
 @pytest.mark.parametrize("criterion", ["mean_abs", "mean_abs_output"])

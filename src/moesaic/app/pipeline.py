@@ -146,6 +146,7 @@ def _record(plan: Plan, store: Store, plain: dict[str, Any], points: list[rec.Po
     reference = read_json(store.folder(plan.reference) / QUALITY_FILE)
     skeleton = config.backbone.skeleton()
     width = max(site.read().width for site in find_ffns(skeleton, config.backbone.ffn))
+    blocks = method.for_width(width).blocks
     uses = {use.identity: use for leaf in plan.leaves() for use in store.uses(leaf)}
     return rec.Record(
         identity=plan.identity,
@@ -168,8 +169,8 @@ def _record(plan: Plan, store: Store, plain: dict[str, Any], points: list[rec.Po
             variant=method.variant,
             provenance=method.provenance,
             regime="post_training",
-            num_blocks=method.blocks,
-            block_size=width // method.blocks if method.blocks else None,
+            num_blocks=blocks,
+            block_size=width // blocks if blocks else None,
             knob=method.knob or None,
         ),
         protocol=reference["protocol"],

@@ -8,9 +8,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Generator
@@ -156,6 +156,10 @@ class Method(ABC):
     def check_width(self, width: int) -> None:  # noqa: B027  (most controls cut nothing)
         """Refuse, before any work, an FFN width that this method cannot cut. Raises ValueError."""
 
+    def for_width(self, width: int) -> Self:
+        """The same method with its number of blocks decided for FFNs of `width` neurons."""
+        return self
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SparseMethod(Method):
@@ -207,7 +211,8 @@ class SparseMethod(Method):
     def __post_init__(self) -> None:
         num_blocks = self.partition.num_blocks
         for selection in (self.select, *(self.select.with_budget(budget) for budget in self.budgets)):
-            selection.check(num_blocks)
+            if num_blocks:  # otherwise `for_width` decides it, and checks again
+                selection.check(num_blocks)
         wanted = self.select.num_scores(num_blocks)
         for name, score in (("score", self.score), ("oracle", self.oracle), ("random", self.random)):
             if score.num_scores(num_blocks) != wanted:
@@ -223,6 +228,10 @@ class SparseMethod(Method):
 
     def check_width(self, width: int) -> None:
         self.partition.check_width(width)
+        self.for_width(width)
+
+    def for_width(self, width: int) -> Self:
+        return replace(self, partition=self.partition.for_width(width))
 
     def convert(self, job: ConvertJob) -> PreTrainedModel:
         """A sparse model with all blocks selected, so that it still computes the dense function."""
@@ -237,9 +246,9 @@ class SparseMethod(Method):
     def _layer(self, ffn: DenseFFN, inputs_TD: torch.Tensor | None, generator: Generator) -> SparseFFN:
         stats = NeuronStats(ffn, inputs_TD) if inputs_TD is not None else None
         block_F = self.partition.labels(ffn, stats, generator=generator)
-        combine = self.combine.for_ffn(ffn).build(ffn.dim, self.partition.num_blocks)
         experts = Experts.from_dense(ffn, block_F)
-        score = self.score.for_ffn(ffn).build(ffn.dim, self.partition.num_blocks)
+        combine = self.combine.for_ffn(ffn).build(ffn.dim, experts.num_blocks)
+        score = self.score.for_ffn(ffn).build(ffn.dim, experts.num_blocks)
         score.initialise(experts, inputs_TD, generator=generator)
         if inputs_TD is not None:
             combine.initialise(experts, inputs_TD)

@@ -9,7 +9,7 @@ Shapes: F neurons, D model dim, B blocks.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 import torch
@@ -22,6 +22,7 @@ from moesaic.sparse.stats import NeuronStats
 
 __all__ = [
     "BalancedKMeans",
+    "BlocksOfSize",
     "CoActivation",
     "Contiguous",
     "Importance",
@@ -48,6 +49,10 @@ class Partition(ABC):
         """Raise ValueError, with the nearest numbers that work, if `width` neurons do not cut into equal blocks."""
         check_blocks(width, self.num_blocks)
 
+    def for_width(self, width: int) -> Partition:
+        """The same cut with its number of blocks decided for `width` neurons, which `check_width` did not refuse."""
+        return self
+
     def labels(self, ffn: DenseFFN, stats: NeuronStats | None, *, generator: Generator) -> Tensor:
         """int64 (F,) on the CPU: the block of each neuron, every block equally often; equal generators cut equally.
 
@@ -57,11 +62,12 @@ class Partition(ABC):
         if self.needs_stats and stats is None:
             raise ValueError(f"{type(self).__name__} needs calibration inputs: set calibration_tokens above 0.")
         block_F = self.cut(ffn, stats, generator=generator).cpu()
-        counts_B = torch.bincount(block_F, minlength=self.num_blocks)
-        if block_F.shape != (ffn.width,) or not bool((counts_B == ffn.width // self.num_blocks).all()):
+        num_blocks = self.for_width(ffn.width).num_blocks
+        counts_B = torch.bincount(block_F, minlength=num_blocks)
+        if block_F.shape != (ffn.width,) or not bool((counts_B == ffn.width // num_blocks).all()):
             raise ValueError(
                 f"{type(self).__name__}.cut labelled {block_F.numel()} of {ffn.width} neurons in blocks of "
-                f"{counts_B.tolist()}; every one of {self.num_blocks} blocks needs {ffn.width // self.num_blocks}."
+                f"{counts_B.tolist()}; every one of {num_blocks} blocks needs {ffn.width // num_blocks}."
             )
         return block_F
 
@@ -76,6 +82,30 @@ class Contiguous(Partition):
 
     def cut(self, ffn: DenseFFN, stats: NeuronStats | None, *, generator: Generator) -> Tensor:
         return _blocks_of_order(torch.arange(ffn.width), self.num_blocks)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BlocksOfSize(Partition):
+    """Blocks of `block_size` neurons in the order of the dense model, as many as it is wide; 1: each neuron a block.
+
+    `num_blocks` is 0 until `for_width` decides it.
+    """
+
+    num_blocks: int = field(default=0, init=False)
+    block_size: int
+
+    def __post_init__(self) -> None:
+        if self.block_size < 1:
+            raise ValueError(f"partition.block_size={self.block_size} is below 1")
+
+    def check_width(self, width: int) -> None:
+        check_blocks(width, self.block_size, name="block_size")
+
+    def for_width(self, width: int) -> Partition:
+        return Contiguous(num_blocks=width // self.block_size)
+
+    def cut(self, ffn: DenseFFN, stats: NeuronStats | None, *, generator: Generator) -> Tensor:
+        return _blocks_of_order(torch.arange(ffn.width), ffn.width // self.block_size)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -140,16 +170,16 @@ class Importance(Partition):
         return _blocks_of_order(importance_F.cpu().argsort(descending=True, stable=True), self.num_blocks)
 
 
-def check_blocks(width: int, num_blocks: int) -> None:
-    """Raise ValueError unless `num_blocks` equal blocks can be cut from `width` neurons."""
-    if width % num_blocks == 0:
+def check_blocks(width: int, parts: int, *, name: str = "num_blocks") -> None:
+    """Raise ValueError, naming the setting, unless `width` neurons are a multiple of `parts` blocks (or neurons)."""
+    if width % parts == 0:
         return
     divisors = [n for n in range(1, width + 1) if width % n == 0]
-    below = max(n for n in divisors if n < num_blocks)
-    near = [below, *[n for n in divisors if n > num_blocks][:1]]
-    problem = "exceeds" if num_blocks > width else "does not divide"
+    below = max(n for n in divisors if n < parts)
+    near = [below, *[n for n in divisors if n > parts][:1]]
+    problem = "exceeds" if parts > width else "does not divide"
     raise ValueError(
-        f"partition.num_blocks={num_blocks} {problem} the FFN width {width} (nearest that fit: "
+        f"partition.{name}={parts} {problem} the FFN width {width} (nearest that fit: "
         f"{', '.join(map(str, near))}). Use one of these."
     )
 
