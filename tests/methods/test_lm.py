@@ -1,5 +1,7 @@
 """Fine-tuning trains what it is told to and nothing else, on tokens that depend on the seed alone."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from methods.toy import toy_conversion, toy_job, weights
@@ -82,6 +84,24 @@ def test_dense_and_sparse_see_the_same_tokens_in_the_same_order(tmp_path, monkey
     sparse, dense = seen.values()
     assert sparse == dense
     assert len(sparse) == 8
+
+
+def test_two_phases_share_the_tokens_of_one_run(tmp_path, monkeypatch):
+    seen: list = []
+    step = LanguageModelling.training_step
+
+    def note(module, batch, index):
+        seen.append(batch["input_ids"].tolist())
+        return step(module, batch, index)
+
+    monkeypatch.setattr(LanguageModelling, "training_step", note)
+    facts = []
+    for name, span_frac in {"whole": (0.0, 1.0), "first": (0.0, 0.6), "second": (0.6, 1.0)}.items():
+        phase = FinetuneLM(fit=replace(FIT, warmup_steps=4, accumulate=2), span_frac=span_frac)
+        facts.append(phase.run(toy_job(tiny_model("llama"), None, tmp_path / name)))
+    assert [fact["steps"] for fact in facts] == [8, 5, 3]
+    assert facts[0]["tokens"] == facts[1]["tokens"] + facts[2]["tokens"]
+    assert seen[16:] == seen[:16]
 
 
 def test_nothing_to_train_is_refused(tmp_path):

@@ -19,7 +19,15 @@ import torch
 from torch import Tensor
 from training.toy import CONFIG, ToyModel, toy_batches, toy_fit
 
-from moesaic.training.fit import CheckpointError, DivergedError, FitConfig, fit, learning_rate_frac, optimizer_of
+from moesaic.training.fit import (
+    CheckpointError,
+    DivergedError,
+    FitConfig,
+    fit,
+    learning_rate_frac,
+    optimizer_of,
+    part_of,
+)
 from moesaic.training.loader import TokenBatches
 
 
@@ -283,6 +291,17 @@ def test_schedule_by_hand() -> None:
     assert learning_rate_frac(4, cosine) == pytest.approx(0.2 + 0.8 * (1 + math.cos(0.2 * math.pi)) / 2)
     assert learning_rate_frac(5000, cosine) == pytest.approx(0.2)
     assert learning_rate_frac(50, replace(cfg, schedule="constant", final_lr_frac=0.0)) == 1.0
+
+
+def test_parts_of_a_fit_meet_and_share_its_warmup() -> None:
+    cfg = FitConfig(steps=10, batch_size=1, lr=1.0, warmup_steps=5)
+    first, second = part_of(cfg, (0.0, 0.62)), part_of(cfg, (0.62, 1.0))
+    assert first == (replace(cfg, steps=6, warmup_steps=3), 0)
+    assert second == (replace(cfg, steps=4, warmup_steps=2), 6)
+    assert part_of(cfg, (0.0, 1.0)) == (cfg, 0)
+    for wrong in ((0.6, 0.6), (0.5, 0.4), (0.5, 1.2), (0.0, 0.04)):
+        with pytest.raises(ValueError, match=r"span_frac=.* holds no step of fit\.steps=10"):
+            part_of(cfg, wrong)
 
 
 def test_only_matrices_decay_and_groups_stay_as_given() -> None:

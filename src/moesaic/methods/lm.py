@@ -22,11 +22,12 @@ from moesaic.ffn.sites import find_ffns
 from moesaic.methods.base import AdaptJob, Phase
 from moesaic.methods.calibration import Calibration
 from moesaic.sparse.layer import sparse_layers
-from moesaic.training.fit import FitConfig, fit, optimizer_of
+from moesaic.training.fit import FitConfig, fit, optimizer_of, part_of
 
 __all__ = [
     "FinetuneLM",
     "LanguageModelling",
+    "adaptation_batches",
     "calibration_loss",
     "ffn_parameters",
     "router_parameters",
@@ -47,12 +48,17 @@ class FinetuneLM(Phase):
 
     fit: FitConfig
     train: tuple[Part, ...] = ("ffn",)
+    span_frac: tuple[float, float] = (0.0, 1.0)  # from where to where in `fit` this phase goes, as shares of its steps
+
+    def __post_init__(self) -> None:
+        part_of(self.fit, self.span_frac)
 
     def run(self, job: AdaptJob) -> dict[str, Any]:
+        config, first_step = part_of(self.fit, self.span_frac)
         parameters = train_only(job.model, self.train, job.pattern)
         job.model.train()
-        module = LanguageModelling(job.model, parameters, self.fit)
-        return fit_language_model(module, job, self.fit, label=job.label)
+        module = LanguageModelling(job.model, parameters, config)
+        return fit_language_model(module, job, config, label=job.label, first_step=first_step)
 
 
 class LanguageModelling(pl.LightningModule):
@@ -86,10 +92,20 @@ def calibration_loss(model: PreTrainedModel, calibration: Calibration, max_token
     return task_loss(model, calibration.windows(0, num_windows)).item()
 
 
-def fit_language_model(module: pl.LightningModule, job: AdaptJob, config: FitConfig, *, label: str) -> dict[str, Any]:
-    """Fit `module` on the adaptation tokens, as batches of the model's objective; the facts that go into the record."""
+def adaptation_batches(job: AdaptJob, config: FitConfig) -> ObjectiveBatches:
+    """The adaptation tokens as batches of the model's objective: a stream that depends on the seed alone."""
     objective = objective_of(job.model, job.tokens)
-    batches = ObjectiveBatches(objective, job.tokens, context=job.context, batch_size=config.batch_size, seed=job.seed)
+    return ObjectiveBatches(objective, job.tokens, context=job.context, batch_size=config.batch_size, seed=job.seed)
+
+
+def fit_language_model(
+    module: pl.LightningModule, job: AdaptJob, config: FitConfig, *, label: str, first_step: int = 0
+) -> dict[str, Any]:
+    """Fit `module` on the adaptation batches; the facts that go into the record.
+
+    The batches of the steps before `first_step` are left out: an earlier phase of the recipe had them.
+    """
+    batches = adaptation_batches(job, config).after(first_step * config.accumulate)
     result = fit(module, batches, config, folder=job.folder, label=label)
     module.eval().float()
     return {

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -20,7 +20,16 @@ if TYPE_CHECKING:
 
     from moesaic.training.loader import Batches
 
-__all__ = ["CheckpointError", "DivergedError", "FitConfig", "FitResult", "fit", "learning_rate_frac", "optimizer_of"]
+__all__ = [
+    "CheckpointError",
+    "DivergedError",
+    "FitConfig",
+    "FitResult",
+    "fit",
+    "learning_rate_frac",
+    "optimizer_of",
+    "part_of",
+]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -95,6 +104,22 @@ def fit(module: LightningModule, batches: Batches, cfg: FitConfig, *, folder: Pa
     from moesaic.training.lightning import run
 
     return run(module, batches, cfg, folder=folder, label=label)
+
+
+def part_of(cfg: FitConfig, span_frac: tuple[float, float]) -> tuple[FitConfig, int]:
+    """The fit that covers `cfg` from one share of its steps (0..1) to another, and the step (from 0) where it begins.
+
+    Parts that meet have the steps of the whole together. Each has a schedule of its own, with its part of the warm-up.
+    Raises ValueError for a part without a step.
+    """
+    begin, end = (round(frac * cfg.steps) for frac in span_frac)
+    if not 0 <= begin < end <= cfg.steps:
+        raise ValueError(
+            f"span_frac={list(span_frac)} holds no step of fit.steps={cfg.steps}. Give two rising shares within 0..1, "
+            "or more steps."
+        )
+    steps = end - begin
+    return replace(cfg, steps=steps, warmup_steps=round(cfg.warmup_steps * steps / cfg.steps)), begin
 
 
 def optimizer_of(parameters: Iterable[Tensor | dict[str, Any]], cfg: FitConfig) -> Any:
