@@ -228,6 +228,9 @@ def adapt(
     counted: dict[str, Any] = {"phase": phase, "budget": budget, "context": config.adapt.context, "seed": config.seed}
     if isinstance(method, SparseMethod) and phase.uses_selection:
         counted["select"] = method.select
+    content = phase.content()
+    if content is not None:
+        counted["content"] = content
     parents = present(model, tokens, calibration, allocation)
     label = f"{_label(method.name, budget)}-{name}"
     return Stage(name="adapt", label=label, config=counted, parents=parents, compute=compute)

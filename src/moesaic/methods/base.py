@@ -85,6 +85,13 @@ class Phase(ABC):
         Returns facts for the record; `tokens` counts the tokens that gave a gradient to a language-model loss.
         """
 
+    def content(self) -> str | None:
+        """What the files say that this phase names, for the stage's identity; None where it names none.
+
+        Raises ConfigError for a file that cannot be read.
+        """
+        return None
+
 
 class Prepare(ABC):
     """A change to the dense model itself, before anything is split (DESIGN: the `prepare` stage)."""
@@ -170,7 +177,7 @@ class SparseMethod(Method):
     """
 
     partition: Partition
-    score: Score
+    score: Score | None  # null where the selection needs none: learned static widths
     select: Selection
     combine: Combine
     oracle: Score  # the upper bound that the `oracle_router` control uses
@@ -215,7 +222,7 @@ class SparseMethod(Method):
                 selection.check(num_blocks)
         wanted = self.select.num_scores(num_blocks)
         for name, score in (("score", self.score), ("oracle", self.oracle), ("random", self.random)):
-            if score.num_scores(num_blocks) != wanted:
+            if score is not None and score.num_scores(num_blocks) != wanted:
                 raise ValueError(
                     f"{name} gives {score.num_scores(num_blocks)} scores a token, but select="
                     f"{type(self.select).__name__} wants {wanted}. Make the two fit."
@@ -248,8 +255,10 @@ class SparseMethod(Method):
         block_F = self.partition.labels(ffn, stats, generator=generator)
         experts = Experts.from_dense(ffn, block_F)
         combine = self.combine.for_ffn(ffn).build(ffn.dim, experts.num_blocks)
-        score = self.score.for_ffn(ffn).build(ffn.dim, experts.num_blocks)
-        score.initialise(experts, inputs_TD, generator=generator)
+        score = None
+        if self.score is not None:
+            score = self.score.for_ffn(ffn).build(ffn.dim, experts.num_blocks)
+            score.initialise(experts, inputs_TD, generator=generator)
         if inputs_TD is not None:
             combine.initialise(experts, inputs_TD)
         return SparseFFN(experts, score, AllBlocks(), combine, executor=self.executor)
