@@ -41,6 +41,7 @@ __all__ = [
     "level_shares",
     "level_table",
     "solve_rising",
+    "solve_theta",
 ]
 
 Levels = Literal["linear", "geometric"] | tuple[int, ...]
@@ -77,9 +78,7 @@ class LevelRule(Selection):
         def share_at(theta: float) -> float:
             return share_E[first_above(score_TX, theta)].mean().item()
 
-        low, high = score_TX.min().item() - 1, score_TX.max().item()
-        theta, _ = solve_rising(share_at, share, low, high, tolerance=0.0)
-        return FirstAbove(levels=self.levels, theta=theta)
+        return FirstAbove(levels=self.levels, theta=solve_theta(score_TX, share_at, share))
 
     def check(self, num_blocks: int) -> None:
         level_blocks(self.levels, num_blocks)
@@ -355,6 +354,13 @@ def first_above(score_TE: Tensor, theta: float) -> Tensor:
     above_TE = score_TE > theta
     above_TE[:, -1] = True
     return above_TE.int().argmax(dim=1)
+
+
+def solve_theta(score_TE: Tensor, share_at: Callable[[float], float], share: float) -> float:
+    """The threshold on these scores at which `share_at` is nearest to `share`; -inf scores are above no threshold."""
+    finite = score_TE[score_TE.isfinite()]
+    low, high = finite.min().item() - 1, finite.max().item()
+    return solve_rising(share_at, share, low, high, tolerance=0.0)[0]
 
 
 def solve_rising(
