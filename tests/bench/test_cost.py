@@ -14,7 +14,6 @@ from moesaic.bench.rows import captured_share, ideal_ratio, speed_row
 # D 4, F 8 in 4 blocks of 2 neurons, gated: a block has 3 * 2 * 4 = 24 weights, the router 4 * 4 = 16; 2 bytes each.
 SPARSE_FFN = FFNLayer(
     num_blocks=4,
-    block_neurons=2,
     block=Matrix(parameters=24, nbytes=48),
     block_flops=48,
     router=Matrix(parameters=16, nbytes=32),
@@ -22,7 +21,6 @@ SPARSE_FFN = FFNLayer(
 )
 DENSE_FFN = FFNLayer(
     num_blocks=1,
-    block_neurons=8,
     block=Matrix(parameters=96, nbytes=192),
     block_flops=192,
     router=Matrix(parameters=0, nbytes=0),
@@ -111,9 +109,22 @@ def test_cost_record_by_hand() -> None:
 
 
 def test_a_narrower_dense_model_is_partly_active() -> None:
-    slice_ = replace(DENSE_FFN, block_neurons=2, block=Matrix(parameters=24, nbytes=48), block_flops=48)
+    slice_ = replace(DENSE_FFN, block=Matrix(parameters=24, nbytes=48), block_flops=48)
     record = cost_record(DENSE, Anatomy(ffns=(slice_,), parameters_total=228, **REST))
     assert (record["active_ffn_frac"], record["parameters_active"]) == (0.25, 228)
+
+
+def test_a_gate_that_every_token_multiplies_is_read_once_whatever_the_blocks() -> None:
+    block = Matrix(parameters=16, nbytes=32)  # up and down rows
+    gate = Matrix(parameters=32, nbytes=64)
+    ffn = replace(SPARSE_FFN, block=block, block_flops=32, always=gate, always_flops=64)
+    own = replace(SPARSE, ffns=(ffn,))
+    blocks, *_ = call_work(own, Call(batch_size=2, tokens=3, context=0), [Load(assignments=5, union=3)])
+    assert (blocks.flops, blocks.nbytes) == (6 * 64 + 5 * 32, 64 + 3 * 32)
+    record = cost_record(DENSE, own, blocks_L=[2])
+    assert record["active_ffn_frac"] == pytest.approx(1 / 3 + 2 / 3 * 2 / 4)
+    assert record["parameters_active"] == 316 - 2 * 16
+    assert cost_record(DENSE, own)["ffn_bytes_per_token"] == 192
 
 
 def test_a_wrong_number_of_layers_is_refused() -> None:

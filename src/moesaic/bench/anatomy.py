@@ -35,19 +35,16 @@ class FFNLayer:
     """One FFN of `num_blocks` blocks (1 for a dense one): what one block holds, and what the router holds.
 
     `block_flops` is what one block multiplies for one token, `router_flops` what the router does for one token.
+    `always` is what of the FFN itself every token multiplies, whatever its blocks: a gate product that is the score.
     """
 
     num_blocks: int
-    block_neurons: int
     block: Matrix
     block_flops: int
     router: Matrix
     router_flops: int
-
-    @property
-    def neurons(self) -> int:
-        """F, of all blocks."""
-        return self.num_blocks * self.block_neurons
+    always: Matrix = Matrix(parameters=0, nbytes=0)
+    always_flops: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -98,23 +95,28 @@ def read_anatomy(model: PreTrainedModel, pattern: FFNPattern | None = None) -> A
 
 def _sparse_ffn(layer: SparseFFN) -> FFNLayer:
     """Everything beside the blocks counts as router: what the score holds, and the mean outputs of the combination."""
-    whole = _ffn_layer(layer.experts.dense_ffn(), layer.experts.num_blocks)
+    first_is_score = layer.score is not None and layer.score.is_first_product
+    whole = _ffn_layer(layer.experts.dense_ffn(), layer.experts.num_blocks, first_always=first_is_score)
     parts = [layer.combine] if layer.score is None else [layer.score, layer.combine]
     held = [weight for part in parts for weight in (*part.parameters(), *part.buffers()) if weight.is_floating_point()]
-    return replace(whole, router=_matrix(*held), router_flops=_router_flops(layer))
+    return replace(whole, router=_matrix(*held), router_flops=_router_flops(layer) - whole.always_flops)
 
 
-def _ffn_layer(ffn: DenseFFN, num_blocks: int) -> FFNLayer:
-    matrices = [weight for weight in (ffn.gate_FD, ffn.up_FD, ffn.down_FD) if weight is not None]
-    biases = [bias for bias in (ffn.gate_bias_F, ffn.up_bias_F) if bias is not None]
-    whole = _matrix(*matrices, *biases)
+def _ffn_layer(ffn: DenseFFN, num_blocks: int, *, first_always: bool = False) -> FFNLayer:
+    """`first_always`: the product that the activation is taken of runs for all neurons, and belongs to no block."""
+    pairs = [(ffn.gate_FD, ffn.gate_bias_F), (ffn.up_FD, ffn.up_bias_F), (ffn.down_FD, None)]
+    products = [pair for pair in pairs if pair[0] is not None]
+    always, routed = (products[:1], products[1:]) if first_always else ([], products)
+    always_flops, routed_flops = (2 * _matrix(*(matrix for matrix, _ in part)).parameters for part in (always, routed))
+    blocks = _matrix(*(weight for pair in routed for weight in pair))
     return FFNLayer(
         num_blocks=num_blocks,
-        block_neurons=ffn.width // num_blocks,
-        block=Matrix(parameters=whole.parameters // num_blocks, nbytes=whole.nbytes // num_blocks),
-        block_flops=2 * _matrix(*matrices).parameters // num_blocks,
+        block=Matrix(parameters=blocks.parameters // num_blocks, nbytes=blocks.nbytes // num_blocks),
+        block_flops=routed_flops // num_blocks,
         router=_matrix(),
         router_flops=0,
+        always=_matrix(*(weight for pair in always for weight in pair)),
+        always_flops=always_flops,
     )
 
 
@@ -152,8 +154,9 @@ def _attention(model: PreTrainedModel) -> Attention:
     )
 
 
-def _matrix(*weights: torch.Tensor) -> Matrix:
+def _matrix(*weights: torch.Tensor | None) -> Matrix:
+    held = [weight for weight in weights if weight is not None]
     return Matrix(
-        parameters=sum(weight.numel() for weight in weights),
-        nbytes=sum(weight.numel() * weight.element_size() for weight in weights),
+        parameters=sum(weight.numel() for weight in held),
+        nbytes=sum(weight.numel() * weight.element_size() for weight in held),
     )

@@ -72,9 +72,12 @@ def full_loads(anatomy: Anatomy, call: Call) -> list[Load]:
     return [Load(assignments=call.total_tokens * layer.num_blocks, union=layer.num_blocks) for layer in anatomy.ffns]
 
 
-def ffn_work(layer: FFNLayer, load: Load) -> Work:
-    """The blocks of one FFN."""
-    return Work(flops=load.assignments * layer.block_flops, nbytes=load.union * layer.block.nbytes)
+def ffn_work(layer: FFNLayer, load: Load, tokens: int) -> Work:
+    """The blocks of one FFN, and what of it all tokens multiply."""
+    return Work(
+        flops=tokens * layer.always_flops + load.assignments * layer.block_flops,
+        nbytes=layer.always.nbytes + load.union * layer.block.nbytes,
+    )
 
 
 def router_work(layer: FFNLayer, tokens: int) -> Work:
@@ -97,7 +100,7 @@ def rest_work(anatomy: Anatomy, call: Call) -> Iterator[Work]:
 def call_work(anatomy: Anatomy, call: Call, loads: Sequence[Load]) -> Iterator[Work]:
     """The parts of one call, each of which is bound by either its FLOPs or its bytes."""
     for layer, load in zip(anatomy.ffns, loads, strict=True):
-        yield ffn_work(layer, load)
+        yield ffn_work(layer, load, call.total_tokens)
         yield router_work(layer, call.total_tokens)
     yield from rest_work(anatomy, call)
 
@@ -119,20 +122,20 @@ def cost_record(
     """The `cost` part of a record: parameters, and what one token that has `context` tokens before it costs.
 
     FLOPs and bytes are those of decoding the token alone, its logits included. `blocks_L` is the mean number of blocks
-    that a token runs in each of `own`'s FFNs (None: all of them). `active_ffn_frac` is of the dense model's neurons.
+    that a token runs in each of `own`'s FFNs (None: all of them). `active_ffn_frac` is the FFNs' share of the dense
+    model's FFN FLOPs, routers left out: where whole neurons are skipped, the share of neurons.
     """
     blocks = [float(layer.num_blocks) for layer in own.ffns] if blocks_L is None else [float(b) for b in blocks_L]
     call = Call(batch_size=1, tokens=1, context=context)
-    ffn = _sum(ffn_work(layer, Load(assignments=count, union=count)) for layer, count in _zip(own, blocks))
+    ffn = _sum(ffn_work(layer, Load(assignments=count, union=count), 1) for layer, count in _zip(own, blocks))
     router = _sum(router_work(layer, 1) for layer in own.ffns)
     rest = _sum(rest_work(own, call))
-    dense_ffn = _sum(ffn_work(*pair) for pair in zip(dense.ffns, full_loads(dense, call), strict=True))
+    dense_ffn = _sum(ffn_work(*pair, 1) for pair in zip(dense.ffns, full_loads(dense, call), strict=True))
     dense_rest = _sum(rest_work(dense, call))
-    neurons = sum(layer.block_neurons * count for layer, count in _zip(own, blocks))
     return {
         "parameters_total": own.parameters_total,
         "parameters_active": active_parameters(own, blocks),
-        "active_ffn_frac": neurons / sum(layer.neurons for layer in dense.ffns),
+        "active_ffn_frac": ffn.flops / dense_ffn.flops,
         "ffn_flops_per_token": ffn.flops,
         "router_flops_per_token": router.flops,
         "model_flops_per_token": ffn.flops + router.flops + rest.flops,

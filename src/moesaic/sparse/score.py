@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as nnf
@@ -65,6 +65,7 @@ class ScoreModule(nn.Module, ABC):
     """The score of one layer; `config` is the component that built it."""
 
     config: Score
+    is_first_product: ClassVar[bool] = False  # True: the FFN's own gate (else up) product, which blocks do not repeat
 
     def __init__(self, config: Score) -> None:
         super().__init__()
