@@ -3,6 +3,7 @@
 import pytest
 import torch
 from bench.toy import prompts_NC, sparse_toy
+from torch import nn
 
 from moesaic.bench.arms import Balanced, control_arm, observe, own_arm
 from moesaic.sparse.layer import sparse_layers
@@ -56,3 +57,22 @@ def test_a_static_layer_has_no_control() -> None:
     arm = control_arm(layers, "all_blocks", observe(model, lambda: model(prompts_NC(1, 4))), 4)
     assert arm.selections == (Prefix(k=2), Prefix(k=2))
     assert arm.executors == ("auto", "auto")  # a slice is no executor that could be asked for
+
+
+class Remembering(TopK):
+    """A rule with a state of its own."""
+
+    def state(self, num_blocks: int) -> nn.Module:
+        return nn.Linear(1, num_blocks)
+
+
+def test_what_a_selection_keeps_survives_other_arms() -> None:
+    model = sparse_toy(select=Remembering(k=1))
+    layers = sparse_layers(model)
+    kept = [layer.select_state for layer in layers]
+    own = own_arm(layers)
+    other = control_arm(layers, "all_blocks", observe(model, lambda: model(prompts_NC(1, 4))), 4)
+    other.apply(layers)
+    assert [layer.select_state for layer in layers] == [None, None]
+    own.apply(layers)
+    assert [layer.select_state for layer in layers] == kept

@@ -135,3 +135,13 @@ def test_cells() -> None:
         ("decode", 1, 1, 9),
         ("decode", 3, 1, 9),
     ]
+
+
+class Acausal(TopK):
+    """Top-k that claims to look at later tokens."""
+
+    causal = False
+
+
+def test_decode_is_timed_only_where_routing_is_causal() -> None:
+    assert {row["phase"] for row in timed(sparse_toy(select=Acausal(k=2))).speed} == {"prefill"}

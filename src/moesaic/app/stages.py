@@ -216,6 +216,7 @@ def adapt(
         net, tokenizer = load_any(parents[0])
         if isinstance(method, SparseMethod):
             select_blocks(net, method.selections_at(budget, read_shares(parents, allocation)))
+            select_blocks(net, [layer.select.training_form() for layer in sparse_layers(net)])
         cached = Calibration.load(parents[2]) if calibration is not None else None
         label = f"{_label(method.name, budget)} {name}"
         dtype = net.dtype
@@ -227,7 +228,7 @@ def adapt(
 
     counted: dict[str, Any] = {"phase": phase, "budget": budget, "context": config.adapt.context, "seed": config.seed}
     if isinstance(method, SparseMethod) and phase.uses_selection:
-        counted["select"] = method.select
+        counted["select"] = method.select.training_form()
     content = phase.content()
     if content is not None:
         counted["content"] = content

@@ -11,7 +11,7 @@ from statistics import fmean
 from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from moesaic.bench.config import Control
@@ -47,11 +47,14 @@ class OwnArm:
     name: str  # unique within a timing
     selections: tuple[Selection, ...]
     executors: tuple[str, ...]
+    states: tuple[nn.Module | None, ...]  # what each selection keeps: another arm's selection in between drops it
 
     def apply(self, layers: Sequence[SparseFFN]) -> None:
         """Set the layers up; what they were set to before is the caller's to restore."""
-        for layer, selection, executor in zip(layers, self.selections, self.executors, strict=True):
+        settings = zip(layers, self.selections, self.executors, self.states, strict=True)
+        for layer, selection, executor, state in settings:
             layer.select, layer.executor = selection, executor
+            layer.select_state = state
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,6 +72,7 @@ def own_arm(layers: Sequence[SparseFFN], executor: str | None = None) -> OwnArm:
         name="own" if executor is None else f"own/{executor}",
         selections=tuple(layer.select for layer in layers),
         executors=tuple(layer.executor if executor is None else executor for layer in layers),
+        states=tuple(layer.select_state for layer in layers),
     )
 
 
@@ -78,7 +82,8 @@ def control_arm(layers: Sequence[SparseFFN], control: Control, own_L: Sequence[L
     `own_L` is what the own routing did in a call of `tokens` tokens: the balanced arm runs as many blocks per token,
     rounded to a whole number of at least one. A layer whose own selection is static stays as it is.
     """
-    selections = []
+    selections: list[Selection] = []
+    states: list[nn.Module | None] = []
     for layer, use in zip(layers, own_L, strict=True):
         if layer.static_blocks is not None:
             selections.append(layer.select)
@@ -86,8 +91,11 @@ def control_arm(layers: Sequence[SparseFFN], control: Control, own_L: Sequence[L
             selections.append(AllBlocks())
         else:
             selections.append(Balanced(k=max(1, round(use.load.assignments / tokens))))
+        states.append(layer.select_state if selections[-1] is layer.select else None)
     executors = tuple(AUTO if use.executor not in EXECUTORS else use.executor for use in own_L)
-    return OwnArm(control=control, name=control, selections=tuple(selections), executors=executors)
+    return OwnArm(
+        control=control, name=control, selections=tuple(selections), executors=executors, states=tuple(states)
+    )
 
 
 def observe(model: PreTrainedModel, call: Callable[[], object]) -> list[LayerUse]:

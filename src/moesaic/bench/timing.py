@@ -58,7 +58,7 @@ def time_models(
 ) -> Timing:
     """Times of `own` at its present selection beside those of `dense`, on the rows of `prompts_NC` (int64).
 
-    Both are put into eval mode. A model without sparse layers is timed as it is. `pattern` says where an unknown
+    Both are put into eval mode; decode is timed only where routing is causal. A model without sparse layers is timed as it is. `pattern` says where an unknown
     family has its FFNs.
 
     Raises: OutputMismatchError where an executor differs from the reference, ValueError for models that do not
@@ -78,7 +78,7 @@ def time_models(
     )
     timing = Timing(speed=[], samples=[], ceilings=pair.ceilings)
     with _no_collection():
-        for cell in cells(config):
+        for cell in _decodable(cells(config), own):
             _time_cell(pair, cell, config, clock, timing)
     return timing
 
@@ -96,7 +96,7 @@ class _Pair:
 def _time_cell(pair: _Pair, cell: Cell, config: BenchConfig, clock: Clock, timing: Timing) -> None:
     """Add the rows and samples of one cell to `timing`; the layers are left as they were."""
     layers = sparse_layers(pair.own)
-    before = [(layer.select, layer.executor) for layer in layers]
+    before = own_arm(layers)
     try:
         ready = _ready_arms(pair, cell, config, layers)
         calls = {DENSE: cell.prepare(pair.dense, pair.prompts_NC), **{arm.name: arm.prepare for arm in ready}}
@@ -108,8 +108,7 @@ def _time_cell(pair: _Pair, cell: Cell, config: BenchConfig, clock: Clock, timin
             clock=clock,
         )
     finally:
-        for layer, (select, executor) in zip(layers, before, strict=True):
-            layer.select, layer.executor = select, executor
+        before.apply(layers)
     timing.samples.extend(_sample_rows(cell, seconds))
     for arm in ready:
         timing.speed.append(
@@ -168,6 +167,11 @@ def _ready(pair: _Pair, cell: Cell, layers: list[SparseFFN], arm: OwnArm) -> _Re
         loads=[use.load for use in uses],
         prepare=applied,
     )
+
+
+def _decodable(found: list[Cell], own: PreTrainedModel) -> list[Cell]:
+    causal = all(layer.select.causal for layer in sparse_layers(own))
+    return [cell for cell in found if causal or cell.phase == "prefill"]
 
 
 @contextmanager

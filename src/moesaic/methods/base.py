@@ -108,7 +108,7 @@ class Method(ABC):
     """A way of making the FFNs of a dense model sparse, or one of the controls it is compared with."""
 
     name: str
-    variant: Literal["as_published", "as_released", "corrected"] = "corrected"
+    variant: str = "corrected"  # a column of the YAML: as_published, as_released, corrected or one of its own
     provenance: Literal["published", "reconstruction", "control"] = "published"
     budgets: tuple[float, ...] = ()  # values of the inference knob at which the model is evaluated and timed
     phases: dict[str, Phase | None] = field(default_factory=dict)  # in order; null leaves a phase out

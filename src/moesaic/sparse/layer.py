@@ -129,6 +129,7 @@ class SparseFFN(nn.Module):
         logits_TB, score_TB = None, None
         context = RoutingContext(
             num_blocks=self.experts.num_blocks,
+            dim=self.experts.dim,
             training=self.training,
             num_sequences=num_sequences,
             state=self.select_state,

@@ -33,11 +33,12 @@ class RoutingContext:
     """What a rule may know beside the scores.
 
     The T tokens are `num_sequences` sequences of equal length, one after the other. `state` is the module that the
-    rule's own `state` built for this layer. A rule may `note` figures of this forward for the trace, each a 0-dim
-    tensor: `count_routing` averages them over tokens.
+    rule's own `state` built for this layer, `dim` is D where the layer is known. A rule may `note` figures of this
+    forward for the trace, each a 0-dim tensor: `count_routing` averages them over tokens.
     """
 
     num_blocks: int
+    dim: int | None = None
     training: bool = False
     num_sequences: int = 1
     state: nn.Module | None = None
@@ -53,12 +54,23 @@ class Selection(ABC):
     """A rule that turns scores (T, X) into a `Routing` with weight 1."""
 
     knob: ClassVar[str] = ""  # name of the field that sets the budget at inference; empty: there is none
-    causal: ClassVar[bool] = True  # False: a token's blocks depend on other tokens of the batch
     adaptive: ClassVar[bool] = False  # True: how many blocks run depends on the scores, not on the budget alone
 
     @abstractmethod
     def __call__(self, score_TX: Tensor, context: RoutingContext | None = None) -> Routing:
         """The routing of float32 scores; no context means one sequence at inference, with a block for each score."""
+
+    @property
+    def causal(self) -> bool:
+        """False where a token's blocks depend on later tokens, or on other sequences of the batch."""
+        return True
+
+    def training_form(self) -> Selection:
+        """The rule as training sees it: settings that matter at inference only have their defaults.
+
+        Rules with one training form share the adapted model.
+        """
+        return self
 
     def num_scores(self, num_blocks: int) -> int:
         """X, how many scores a token needs."""
