@@ -34,6 +34,7 @@ from transformers.models.auto.modeling_auto import (
 from moesaic.config.strict import strict_object, to_plain
 from moesaic.ffn.families import FFNPattern
 from moesaic.ffn.sites import find_ffns
+from moesaic.sparse.channels import ChannelMasks, install_masks
 from moesaic.sparse.combine import Combine
 from moesaic.sparse.executors import AUTO, check_executor
 from moesaic.sparse.experts import Experts, ExpertsShape
@@ -41,7 +42,16 @@ from moesaic.sparse.layer import SparseFFN, sparse_layers
 from moesaic.sparse.score import Score
 from moesaic.sparse.select import Selection
 
-__all__ = ["Head", "SavedLayer", "SavedModel", "convert_model", "head_of", "load_model", "sparse_classes"]
+__all__ = [
+    "Head",
+    "SavedLayer",
+    "SavedModel",
+    "convert_model",
+    "head_of",
+    "load_model",
+    "mask_channels",
+    "sparse_classes",
+]
 
 Head = Literal["causal_lm", "masked_lm", "seq2seq_lm", "sequence_classification"]
 STUB_NAME = "modeling_moesaic"
@@ -95,12 +105,14 @@ class SavedLayer:
 class SavedModel:
     """The tree in `config.moesaic`: which dense model this was (`base` is its model type) and its layers in order.
 
-    `pattern` says where an unknown family has its FFNs; `provenance` is free for whoever converted the model.
+    No layers at all: the FFNs are dense. `channels` masks the inputs of linear layers. `pattern` says where an unknown
+    family has its FFNs; `provenance` is free for whoever converted the model.
     """
 
     base: str
     head: Head
     layers: tuple[SavedLayer, ...]
+    channels: ChannelMasks | None = None
     pattern: FFNPattern | None = None
     provenance: dict[str, Any] = field(default_factory=dict)
 
@@ -126,7 +138,10 @@ class SparseModelMixin:
         super().__init__(config)  # type: ignore[call-arg]
         saved = _saved_model(config)
         # No second post_init() after this: it would draw the routers afresh.
-        _install(self, (layer.build() for layer in saved.layers), saved.pattern)
+        if saved.layers:
+            _install(self, (layer.build() for layer in saved.layers), saved.pattern)
+        if saved.channels is not None:
+            install_masks(self, saved.channels)  # type: ignore[arg-type]
 
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = None) -> None:
@@ -158,6 +173,7 @@ class SparseModelMixin:
                 base=saved.base,
                 head=saved.head,
                 layers=layers,
+                channels=saved.channels,
                 pattern=saved.pattern,
                 provenance=saved.provenance,
             )
@@ -209,13 +225,33 @@ def convert_model(
     generator (or `release` each site when it has been read) and one FFN at a time exists twice.
     Raises ValueError where the number of layers is not that of the FFNs, or for a model with no head that is known.
     """
-    if isinstance(dense_model, SparseModelMixin):
-        raise ValueError(f"{type(dense_model).__name__} is sparse already. Convert the dense model that it came from.")
-    base, head = dense_model.config.model_type, head_of(dense_model)
-    config_class, model_class = sparse_classes(base, head)
+    base, head = _dense_kind(dense_model)
+    sparse_classes(base, head)  # refuses an unknown kind before anything is changed
     _install(dense_model, layers, pattern)
     described = tuple(SavedLayer.describe(layer) for layer in sparse_layers(dense_model))
     saved = SavedModel(base=base, head=head, layers=described, pattern=pattern, provenance=dict(provenance or {}))
+    return _with_class(dense_model, saved)
+
+
+def mask_channels(dense_model: PreTrainedModel, masks: ChannelMasks) -> PreTrainedModel:
+    """Turn `dense_model` itself into one whose linear layers see masked inputs; its FFNs stay dense.
+
+    Raises ValueError for a model with no head that is known, AttributeError for a name that is no module.
+    """
+    base, head = _dense_kind(dense_model)
+    install_masks(dense_model, masks)
+    return _with_class(dense_model, SavedModel(base=base, head=head, layers=(), channels=masks))
+
+
+def _dense_kind(model: PreTrainedModel) -> tuple[str, Head]:
+    if isinstance(model, SparseModelMixin):
+        raise ValueError(f"{type(model).__name__} is sparse already. Convert the dense model that it came from.")
+    return model.config.model_type, head_of(model)
+
+
+def _with_class(dense_model: PreTrainedModel, saved: SavedModel) -> PreTrainedModel:
+    """The same object as a model of the sparse classes, its config telling what it is."""
+    config_class, model_class = sparse_classes(saved.base, saved.head)
     dense_config = dense_model.config
     config = copy(dense_config)
     config.__class__ = config_class
