@@ -89,6 +89,16 @@ def test_routed_output_is_the_weighted_sum_of_blocks(executor: str, k: int) -> N
     torch.testing.assert_close(layer(x_TD).double(), expected_TD, atol=1e-5, rtol=1e-5)
 
 
+def test_a_token_without_a_block_gets_the_bias_where_the_fill_says_so() -> None:
+    layer = make_layer(ffn_of_32(bias=True), Threshold(tau=0.2), score=Linear(), combine=Combine(fill="bias"))
+    plain = make_layer(ffn_of_32(bias=True), Threshold(tau=0.2), score=Linear())
+    x_TD = random_inputs(30)
+    idle_T = layer.route(x_TD)[0].count_T() == 0
+    assert 0 < idle_T.sum() < 30
+    assert torch.equal(layer(x_TD)[~idle_T], plain(x_TD)[~idle_T])
+    assert torch.equal(layer(x_TD)[idle_T], layer.experts.down_bias_D.expand(int(idle_T.sum()), -1))
+
+
 @pytest.mark.parametrize("executor", ["auto", "masked", "loop", "grouped", "gather"])
 def test_a_token_without_a_block_gets_exactly_zero_bias_included(executor: str) -> None:
     layer = make_layer(ffn_of_32(bias=True), Threshold(tau=0.2), score=Linear(), executor=executor)

@@ -34,13 +34,14 @@ class Combine:
     `straight_through`: weight one gets the gradient of the score, for selected blocks, or for all of them (dense; needs
     the masked executor in training).
     `fill`: blocks that did not run give nothing (zero), or their mean output on calibration inputs (mean); auto is zero
-    after ReLU and mean otherwise. Raises ValueError for straight_through with another weight than one.
+    after ReLU and mean otherwise. With zero a token without any block gets no output bias either; bias is zero but for
+    that. Raises ValueError for straight_through with another weight than one.
     """
 
     weight: Literal["one", "score", "renormalised"] = "one"
     scale: Literal["one", "count", "total", "ratio", "floor_ratio", "sqrt_ratio", "fitted", "learned"] = "one"
     straight_through: Literal["none", "selected", "dense"] = "none"
-    fill: Literal["zero", "mean", "auto"] = "zero"
+    fill: Literal["zero", "bias", "mean", "auto"] = "zero"
 
     def __post_init__(self) -> None:
         if self.straight_through != "none" and self.weight != "one":

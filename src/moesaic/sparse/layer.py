@@ -192,6 +192,8 @@ class SparseFFN(nn.Module):
             return y_TD if bias_D is None else y_TD + bias_D.to(y_TD.dtype)
         if bias_D is None:
             return y_TD
+        if self.combine.config.fill == "bias":
+            return y_TD + bias_D.to(y_TD.dtype)
         some_T = routing.weight_TB().ne(0).any(1) if self._lists_idle_blocks else routing.count_T() > 0
         return y_TD + some_T[:, None].to(y_TD.dtype) * bias_D.to(y_TD.dtype)
 
