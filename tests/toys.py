@@ -10,15 +10,26 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
 
-__all__ = ["CAUSAL_FAMILIES", "TOY_CONTEXT", "TOY_FAMILIES", "TOY_VOCAB", "TOY_WIDTH", "tiny_model", "tiny_tokenizer"]
+__all__ = [
+    "CAUSAL_FAMILIES",
+    "TOY_CONTEXT",
+    "TOY_FAMILIES",
+    "TOY_LABELS",
+    "TOY_VOCAB",
+    "TOY_WIDTH",
+    "tiny_model",
+    "tiny_tokenizer",
+]
 
 TOY_VOCAB = 64
 TOY_CONTEXT = 64
 TOY_WIDTH = 48  # F of every toy; D is 16
+TOY_LABELS = 3  # of the classifiers
 
 _TOKENS = {"vocab_size": TOY_VOCAB, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 _LLAMA = {
@@ -82,8 +93,12 @@ _SEQ2SEQ: dict[str, tuple[str, dict[str, Any]]] = {
     "t5": ("t5", {**_T5, "feed_forward_proj": "relu"}),
     "t5_gated": ("t5", {**_T5, "feed_forward_proj": "gated-gelu"}),
 }
+_CLASSIFIERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "bert_classifier": ("bert", {**_BERT, "num_labels": TOY_LABELS}),
+    "roberta_classifier": ("roberta", {**_MASKED["roberta"][1], "num_labels": TOY_LABELS}),
+}
 CAUSAL_FAMILIES: tuple[str, ...] = tuple(_CAUSAL)
-TOY_FAMILIES: tuple[str, ...] = (*_CAUSAL, *_MASKED, *_SEQ2SEQ)
+TOY_FAMILIES: tuple[str, ...] = (*_CAUSAL, *_MASKED, *_SEQ2SEQ, *_CLASSIFIERS)
 
 
 def tiny_model(family: str, *, seed: int = 0, **config_overrides: Any) -> PreTrainedModel:
@@ -96,6 +111,7 @@ def tiny_model(family: str, *, seed: int = 0, **config_overrides: Any) -> PreTra
         (_CAUSAL, AutoModelForCausalLM.from_config),
         (_MASKED, AutoModelForMaskedLM.from_config),
         (_SEQ2SEQ, AutoModelForSeq2SeqLM.from_config),
+        (_CLASSIFIERS, AutoModelForSequenceClassification.from_config),
     ]
     for families, from_config in groups:
         if family in families:

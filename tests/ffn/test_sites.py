@@ -43,7 +43,8 @@ def inputs(family: str) -> dict[str, Tensor]:
 def output_module(family: str, model: PreTrainedModel, name: str) -> nn.Module:
     """The module whose output is the FFN's, bias included, in a model as transformers built it."""
     inside = {"opt": "fc2", "bert": "output.dense", "roberta": "output.dense"}
-    return model.get_submodule(f"{name}.{inside[family]}" if family in inside else name)
+    part = inside.get(family.removesuffix("_classifier"))
+    return model.get_submodule(f"{name}.{part}" if part else name)
 
 
 def own_ffn_traffic(family: str, model: PreTrainedModel) -> list[tuple[Tensor, Tensor]]:

@@ -1,27 +1,31 @@
-"""Held-out perplexity: every token of every document is scored once, and the protocol says how.
+"""Held-out loss: what a model's objective predicts of every document is scored once, and the protocol says how.
 
 A document is cut into windows of `context` tokens whose last `stride` ones are new; windows never cross documents. The
-first token follows a start token; the last window is moved back to end with its document, so that it is full too.
+first token follows a start token; the last window is moved back to end with its document, so that it is full too. A
+causal model predicts every token, so that its loss is a perplexity of the text; others predict what `data.objective`
+says, and a classifier the label of the document.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from typing import Any
 
 import torch
 import torch.nn.functional as nnf
-from torch import Tensor
 from transformers import PreTrainedModel
 
+from moesaic.data.objective import NOT_SCORED, forward, objective_of, positions_of, stacked
 from moesaic.data.tokens import TokenSplit
 from moesaic.evaluate.batching import independent_batch_size
+from moesaic.evaluate.items import Item
 from moesaic.evaluate.progress import Progress
+from moesaic.evaluate.questions import Questions, Window, questions_of
 
-__all__ = ["DocumentLoss", "Perplexity", "PerplexityConfig", "Window", "perplexity", "windows_of"]
+__all__ = ["DocumentLoss", "Perplexity", "PerplexityConfig", "perplexity"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,9 +50,9 @@ class PerplexityConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DocumentLoss:
-    """Negative log-likelihood of a document's scored tokens, summed per window, in the order of the text.
+    """Negative log-likelihood of a document's predicted tokens, summed per window, in the order of the text.
 
-    `num_bytes` is None where the document was cut short.
+    `num_bytes` is None where the document was cut short, or not all of its tokens are predicted.
     """
 
     id: str
@@ -58,12 +62,12 @@ class DocumentLoss:
 
     @property
     def nll_nats(self) -> float:
-        """Sum over all scored tokens."""
+        """Sum over all predicted tokens."""
         return sum(self.window_nll_nats)
 
     @property
     def num_tokens(self) -> int:
-        """Tokens scored."""
+        """Tokens predicted."""
         return sum(self.window_tokens)
 
     def row(self) -> dict[str, Any]:
@@ -80,14 +84,18 @@ class DocumentLoss:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Perplexity:
-    """The losses per document, and what they say together; `protocol` is what another measurement must repeat."""
+    """The losses per document, and what they say together; `protocol` is what another measurement must repeat.
+
+    `items` are a classifier's choices, one per document.
+    """
 
     documents: tuple[DocumentLoss, ...]
     protocol: dict[str, Any]
+    items: tuple[Item, ...] = ()
 
     @property
     def nats_per_token(self) -> float:
-        """Mean loss over all scored tokens."""
+        """Mean loss over all predicted tokens."""
         return sum(d.nll_nats for d in self.documents) / sum(d.num_tokens for d in self.documents)
 
     @property
@@ -112,24 +120,6 @@ class Perplexity:
         return [document.row() for document in self.documents]
 
 
-@dataclass(frozen=True, slots=True)
-class Window:
-    """Inputs `begin`..`end`-1 of a document that starts with its start token; the last `scored` predictions count.
-
-    The prediction made at input i is about input i + 1, so a window needs no label that it has not been given.
-    """
-
-    document: int
-    begin: int
-    end: int
-    scored: int
-
-    @property
-    def length(self) -> int:
-        """Input tokens."""
-        return self.end - self.begin
-
-
 @torch.inference_mode()
 def perplexity(
     model: PreTrainedModel,
@@ -142,69 +132,65 @@ def perplexity(
     start_id: int | None = None,
     progress: Progress | None = None,
 ) -> Perplexity:
-    """Losses of a causal `model` on the documents of `split`, every token given all that its window holds before it.
+    """Losses of `model` on the documents of `split`: of all that its objective predicts, given the rest of the window.
 
-    `start_id` is put before each document (None: the model's beginning of text, without which many models fall apart,
-    or the split's separator where the model has none). Batches hold windows of one length, so that nothing is padded;
-    `progress` counts windows. The model's train or eval mode is restored.
+    For a classifier, which predicts one label per document, a "token" is a document. `start_id` is put before each
+    document (None: the model's beginning of text, without which many models fall apart, or the split's separator where
+    the model has none). Batches hold windows of one length, so that nothing is padded; `progress` counts windows. The
+    model's train or eval mode is restored.
 
-    Raises: ValueError for a model that is not causal, has fewer positions than `context`, or settings out of range;
-    FloatingPointError for NaN losses.
+    Raises: ValueError for a model without a head that is known, fewer positions than `context`, or settings out of
+    range; FloatingPointError for NaN losses.
     """
     config = PerplexityConfig(context=context, stride=stride, batch_size=batch_size, max_tokens=max_tokens)
     _refuse_unfit(model, context)
-    start = _start_of(model, split) if start_id is None else start_id
+    objective = objective_of(model, split)
+    start_id = _start_of(model, split) if start_id is None else start_id
     taken = _taken(split, max_tokens)
-    documents = [_tokens(split, index, count, start) for index, count in enumerate(taken)]
-    by_document = [list(windows_of(index, count, context, stride or context)) for index, count in enumerate(taken)]
-    windows = [window for of_one in by_document for window in of_one]
+    asked = questions_of(objective, split, taken, context=context, stride=stride, start_id=start_id)
+    windows = [window for of_one in asked.by_document for window in of_one]
     batch_size = independent_batch_size(model, batch_size)
-    nll: dict[Window, float] = {}
+    answers: dict[Window, _Answer] = {}
     was_training = model.training
     model.eval()
     try:
-        done = 0
         for batch in _batches(windows, batch_size):
-            nll.update(zip(batch, _losses(model, documents, batch), strict=True))
-            done += len(batch)
+            answers.update(zip(batch, _answers(model, asked, batch), strict=True))
             if progress is not None:
-                progress(done, len(windows))
+                progress(len(answers), len(windows))
     finally:
         model.train(was_training)
+    documents = [[answers[window] for window in of_one] for of_one in asked.by_document]
     return Perplexity(
-        documents=tuple(_document(split, of_one, nll) for of_one in by_document),
+        documents=tuple(_document(split, asked, index, of_one) for index, of_one in enumerate(documents)),
         protocol={
             **asdict(config),
-            "stride": stride or context,
+            **asked.protocol,
+            "objective": objective.name,
+            "predicted": objective.about,
             "batch_size": batch_size,
             "corpus": split.provenance,
             "documents": len(documents),
-            "tokens_counted": sum(taken),
-            "first_token": f"scored, after start token {start}",
-            "windows": "inside documents; the last one ends with its document",
+            "tokens_counted": sum(answer.predicted for answer in answers.values()),
             "dtype": str(model.dtype).removeprefix("torch."),
         },
+        items=tuple(answer.item for of_one in documents for answer in of_one if answer.item is not None),
     )
 
 
-def windows_of(document: int, num_tokens: int, context: int, stride: int) -> Iterator[Window]:
-    """Windows that score each of the document's tokens exactly once."""
-    end = min(context, num_tokens)
-    yield Window(document, 0, end, end)
-    while end < num_tokens:
-        previous, end = end, min(end + stride, num_tokens)
-        yield Window(document, end - context, end, end - previous)
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    """What a model made of one window: the summed loss of the tokens it predicted, and a classifier's choice."""
+
+    nll_nats: float
+    predicted: int
+    item: Item | None
 
 
 def _refuse_unfit(model: PreTrainedModel, context: int) -> None:
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    positions = positions_of(model.config)
     if positions is not None and context > positions:
         raise ValueError(f"context={context} exceeds the {positions} positions of {type(model).__name__}. Lower it.")
-    if model.config.is_encoder_decoder or not model.can_generate():
-        raise ValueError(
-            f"perplexity needs a causal language model, and {type(model).__name__} is none: it has no next-token loss "
-            "of whole documents. Choose a causal backbone."
-        )
 
 
 def _start_of(model: PreTrainedModel, split: TokenSplit) -> int:
@@ -224,33 +210,33 @@ def _taken(split: TokenSplit, max_tokens: int | None) -> list[int]:
     return taken
 
 
-def _tokens(split: TokenSplit, index: int, count: int, start: int) -> Tensor:
-    tokens = torch.from_numpy(split.tokens_of(split.documents[index])[:count].astype("int64"))
-    return torch.cat([torch.tensor([start]), tokens])
-
-
 def _batches(windows: Sequence[Window], batch_size: int) -> Iterator[list[Window]]:
     for _, group in groupby(sorted(windows, key=lambda window: -window.length), key=lambda window: window.length):
         same = list(group)
         yield from (same[at : at + batch_size] for at in range(0, len(same), batch_size))
 
 
-def _losses(model: PreTrainedModel, documents: Sequence[Tensor], batch: Sequence[Window]) -> Iterator[float]:
-    inputs = torch.stack([documents[w.document][w.begin : w.end] for w in batch]).to(model.device)
-    logits = model(input_ids=inputs, use_cache=False).logits
-    for window, row in zip(batch, logits, strict=True):
-        target = documents[window.document][window.begin + 1 : window.end + 1][-window.scored :].to(row.device)
-        loss = nnf.cross_entropy(row[-window.scored :].float(), target, reduction="none").double().sum().item()
+def _answers(model: PreTrainedModel, asked: Questions, batch: Sequence[Window]) -> Iterator[_Answer]:
+    inputs, labels_NL = stacked([asked.ask(window) for window in batch])
+    logits = forward(model, {name: column.to(model.device) for name, column in inputs.items()}).logits
+    for window, row, labels_L in zip(batch, logits, labels_NL.to(logits.device), strict=True):
+        predicted_L = labels_L != NOT_SCORED
+        rows = row.view(len(labels_L), -1)[predicted_L].float()
+        gold = labels_L[predicted_L]
+        loss = nnf.cross_entropy(rows, gold, reduction="none").double().sum().item()
         if not math.isfinite(loss):
             raise FloatingPointError(f"the model's loss is {loss} (document {window.document}, token {window.begin}).")
-        yield loss
+        item = None
+        if asked.about_documents:
+            options = tuple(rows[0].double().log_softmax(0).tolist())
+            item = Item(id=str(window.document), gold=int(gold), option_loglik=options)
+        yield _Answer(loss, len(gold), item)
 
 
-def _document(split: TokenSplit, windows: Sequence[Window], nll: Mapping[Window, float]) -> DocumentLoss:
-    document = split.documents[windows[0].document]
+def _document(split: TokenSplit, asked: Questions, index: int, answers: Sequence[_Answer]) -> DocumentLoss:
     return DocumentLoss(
-        id=document.id,
-        window_nll_nats=tuple(nll[window] for window in windows),
-        window_tokens=tuple(window.scored for window in windows),
-        num_bytes=document.num_bytes if windows[-1].end == document.num_tokens else None,
+        id=split.documents[index].id,
+        window_nll_nats=tuple(answer.nll_nats for answer in answers),
+        window_tokens=tuple(answer.predicted for answer in answers),
+        num_bytes=asked.num_bytes(index),
     )
