@@ -196,8 +196,10 @@ def document_rows(nats: float, num_documents: int, windows: bool = True) -> pd.D
 
 
 def item_rows(nats: float, num_items: int) -> pd.DataFrame:
-    """Two-way items; the lead of the right option falls with `nats`."""
-    lead_U = np.random.default_rng(1).normal(2 * DENSE_NATS + 0.8 - 2 * nats, 1.0, num_items)
+    """Two-way items, hard and easy ones; the lead of the right option falls with `nats`."""
+    easy_U = np.random.default_rng(1).normal(0.8, 1.0, num_items)  # the same for every model
+    own_U = np.random.default_rng(round(nats * 1e6)).normal(0, 0.3, num_items)
+    lead_U = easy_U + own_U + 2 * (DENSE_NATS - nats)
     gold_U = np.arange(num_items) % 2
     options = [[-9.0, -9.0 + lead] if gold else [-9.0 + lead, -9.0] for lead, gold in zip(lead_U, gold_U, strict=True)]
     names = [f"i{number}" for number in range(num_items)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-__all__ = ["MISSING", "budget", "interval", "percent", "quality", "ratio", "significant"]
+__all__ = ["MISSING", "budget", "difference", "interval", "percent", "quality", "ratio", "significant"]
 
 MISSING = "—"
 
@@ -34,6 +34,14 @@ def percent(frac: object, digits: int = 1) -> str:
 def quality(value: object, column: str) -> str:
     """A quality as it is usually written: fractions as percent, losses and perplexities with four digits."""
     return percent(value) if column.endswith("_frac") else significant(value)
+
+
+def difference(value: object, *, points: bool = False) -> str:
+    """A signed difference with four digits after the point; one of fractions as percentage `points`, "+1.2"."""
+    number = _number(value)
+    if number is None:
+        return MISSING
+    return (f"{100 * number:+.1f}" if points else f"{number:+.4f}").replace("-", "−")
 
 
 def ratio(value: object) -> str:

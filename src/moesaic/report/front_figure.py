@@ -25,7 +25,7 @@ from moesaic.report.front import cell_label, dense_quality
 from moesaic.report.palette import Mark, candidate_marks
 from moesaic.report.summary import CELL_KEYS, DENSE_METHODS
 
-__all__ = ["draw_fronts", "visible_range"]
+__all__ = ["draw_fronts", "quality_axis", "visible_range"]
 
 _PANEL_INCHES = (4.9, 3.7)
 _LETTERS_PER_INCH = 11.5
@@ -78,6 +78,19 @@ def visible_range(values: ArrayLike, ends: ArrayLike, *, log: bool = False) -> t
     return (10**low, 10**high) if log else (low, high)
 
 
+def quality_axis(axes: Axes, points: pd.DataFrame, quality: Quality) -> None:
+    """Scale, ticks and range of the upright axis, from the `value`, `value_low` and `value_high` of `points`."""
+    low, high = points["value"].min(), points["value"].max()
+    fraction = quality.column.endswith("_frac")
+    log = bool(not fraction and low > 0 and high / low > _LOG_SPAN)
+    if log:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 5.0, 7.0)))
+        axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: fmt.percent(value) if fraction else f"{value:g}"))
+    axes.set_ylim(visible_range(points["value"], _ends(points, "value"), log=log))
+
+
 def _heading(candidates: pd.DataFrame) -> str:
     """What all panels share: the model and machine where there is one, seeds, and what the bars are."""
     parts = [str(candidates[name].iloc[0]) for name in ("model", "machine") if candidates[name].nunique() == 1]
@@ -113,7 +126,7 @@ def _panel(axes: Axes, points: pd.DataFrame, quality: Quality, styles: Mapping[s
     _front_line(axes, points[points["on_front"]])
     for label, curve in points.groupby("label", sort=False):
         _curve(axes, curve.sort_values("active_ffn_frac"), styles[str(label)])
-    _quality_axis(axes, points, quality)
+    quality_axis(axes, points, quality)
     axes.set_xlim(visible_range([*points["ratio"], *points["ideal_ratio"].dropna(), 1.0], _ends(points, "ratio")))
     axes.set_xlabel("measured time / dense time  (left is faster)")
     axes.set_ylabel(f"{quality.label}  ({'higher' if quality.maximise else 'lower'} is better)")
@@ -166,18 +179,6 @@ def _arms(curve: pd.DataFrame, column: str) -> list[pd.Series]:
 
 def _ends(points: pd.DataFrame, column: str) -> list[float]:
     return [*points[f"{column}_low"], *points[f"{column}_high"]]
-
-
-def _quality_axis(axes: Axes, points: pd.DataFrame, quality: Quality) -> None:
-    low, high = points["value"].min(), points["value"].max()
-    fraction = quality.column.endswith("_frac")
-    log = bool(not fraction and low > 0 and high / low > _LOG_SPAN)
-    if log:
-        axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 5.0, 7.0)))
-        axes.yaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: fmt.percent(value) if fraction else f"{value:g}"))
-    axes.set_ylim(visible_range(points["value"], _ends(points, "value"), log=log))
 
 
 # Offsets in points and alignments that are tried in turn for a point's label.

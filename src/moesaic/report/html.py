@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import gzip
 import json
-from collections.abc import Iterable
 from html import escape
 from importlib.resources import files
 from string import Template
@@ -17,10 +16,11 @@ from plotly.offline import get_plotlyjs
 from moesaic.report import format as fmt
 from moesaic.report.columns import Quality
 from moesaic.report.facts import shared_facts, stage_costs
-from moesaic.report.front import ReferencePoint
 from moesaic.report.gaps import GAPS, RUNGS, Gap
 from moesaic.report.load import LoadedRuns
+from moesaic.report.markup import bullets, fixed_table
 from moesaic.report.payload import payload
+from moesaic.report.pays_section import pays_section
 from moesaic.report.results import Results
 from moesaic.report.summary import failures
 
@@ -40,10 +40,11 @@ def render(results: Results) -> str:
         script="\n".join((page / name).read_text("utf-8") for name in ("report.js", "figures.js", "table.js")),
         data=_script_safe(payload(results)),
         plotly=base64.b64encode(gzip.compress(get_plotlyjs().encode(), mtime=0)).decode(),
+        pays=pays_section(results.pays),
         gap_notes=_gap_notes(_shown_gaps(results.gaps)),
         gap_table=_gap_table(results.gaps, results.gap_quality),
         failures=_failures(runs),
-        notes=_notes(results.reference),
+        notes=_notes(results),
         facts=_facts(runs),
     )
 
@@ -89,7 +90,7 @@ def _gap_table(gaps: pd.DataFrame, quality: Quality) -> str:
     for model, rows in gaps.groupby("model", sort=False):
         body = [_gap_row(row, rungs, shown, quality) for row in rows.to_dict("records")]
         heading = f"<h3>{escape(str(model))}</h3>" if gaps["model"].nunique() > 1 else ""
-        parts.append(heading + _table(heads, body, text={0, len(heads) - 1}, label="Gaps"))
+        parts.append(heading + fixed_table(heads, body, text={0, len(heads) - 1}, label="Gaps"))
     unit = escape(quality.label)
     return "".join(parts) + f'<p class="quiet">All values: {unit}. Small print: 95 % interval over seeds.</p>'
 
@@ -119,15 +120,17 @@ def _failures(runs: LoadedRuns) -> str:
     if not (failed or stages or skipped):
         return "<p>Nothing failed, and every record could be read.</p>"
     groups = (("Points that failed", failed), ("Stages that failed", stages), ("Files that were skipped", skipped))
-    return "".join(f"<h3>{name}</h3>{_list(entries)}" for name, entries in groups if entries)
+    return "".join(f"<h3>{name}</h3>{bullets(entries)}" for name, entries in groups if entries)
 
 
 def _below(runs: LoadedRuns, path: Any) -> str:
     return str(path.relative_to(runs.root))
 
 
-def _notes(reference: ReferencePoint) -> str:
-    return _list(
+def _notes(results: Results) -> str:
+    reference, timed = results.reference, not results.candidates.empty
+    pictures = ["share.png", *(["pareto.png"] if timed else []), "gaps.png"]
+    return bullets(
         [
             "Time / dense is a ratio: sparse time over dense time, both measured in one process, alternating. Below 1 "
             "is faster than the dense model; 1 / ratio is the speed-up.",
@@ -145,8 +148,12 @@ def _notes(reference: ReferencePoint) -> str:
             f"Hypervolume: area between front and reference point, quality {reference.quality_cost:g}× and time "
             f"{reference.latency_ratio:g}× of dense, both axes in units of dense.",
         ]
-    ) + '<p>The same numbers, one row per seed and timed cell: <a href="table.csv">table.csv</a>, table.parquet. '\
-        'Pictures: <a href="pareto.png">pareto.png</a>, <a href="gaps.png">gaps.png</a>.</p>'  # fmt: skip
+    ) + (
+        '<p>The same numbers, one row per seed and timed cell: <a href="table.csv">table.csv</a>, table.parquet. Every '
+        'routed point beside its controls: <a href="pays.csv">pays.csv</a>, pays.parquet. Pictures: '
+        + ", ".join(f'<a href="{name}">{name}</a>' for name in pictures)
+        + ".</p>"
+    )
 
 
 def _facts(runs: LoadedRuns) -> str:
@@ -168,7 +175,7 @@ def _facts(runs: LoadedRuns) -> str:
             for row in costs
         ]
         heads = ["stage", "how many", "wall seconds", "CPU seconds", "peak GiB"]
-        parts.append("<h3>Computing</h3>" + _table(heads, rows, text={0}, label="Seconds of every stage"))
+        parts.append("<h3>Computing</h3>" + fixed_table(heads, rows, text={0}, label="Seconds of every stage"))
     return "".join(parts)
 
 
@@ -179,20 +186,3 @@ def _values(values: list[str]) -> str:
 
 def _words(name: str) -> str:
     return name.replace("_", " ")
-
-
-def _list(entries: Iterable[str]) -> str:
-    return "<ul>" + "".join(f"<li>{escape(entry)}</li>" for entry in entries) + "</ul>"
-
-
-def _table(heads: list[str], rows: list[list[str]], *, text: set[int], label: str) -> str:
-    """A table of cells that are HTML already; columns in `text` are words, the others numbers."""
-    kind = ['class="text"' if index in text else "" for index in range(len(heads))]
-    head = "".join(f'<th scope="col" {kind[i]}>{escape(name)}</th>' for i, name in enumerate(heads))
-    body = "".join(
-        "<tr>" + "".join(f"<td {kind[i]}>{cell}</td>" for i, cell in enumerate(row)) + "</tr>" for row in rows
-    )
-    return (
-        f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(label)}"><table class="fixed">'
-        f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
-    )

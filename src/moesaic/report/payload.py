@@ -1,4 +1,4 @@
-"""What the page draws from: plain JSON of points, cells, fronts, volumes and the gap ladder."""
+"""What the page draws from: plain JSON of points, oracles, cells, fronts, volumes and the gap ladder."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from moesaic.report.front import FRONT_KEYS, ReferencePoint, cell_label, hypervo
 from moesaic.report.gaps import visible_limit
 from moesaic.report.palette import RUNG_MARKS, candidate_marks
 from moesaic.report.results import Results
-from moesaic.report.summary import CELL_KEYS, DENSE_METHODS, deployed, in_reading_order, summarise_points
+from moesaic.report.summary import CELL_KEYS, DENSE_METHODS, deployed, in_reading_order
 
 __all__ = ["payload"]
 
@@ -36,7 +36,8 @@ def payload(results: Results) -> dict[str, Any]:
     """JSON-able content of the page."""
     table, shown = results.runs.table, results.qualities
     cells = _cells(results.fronts.values())
-    untimed = in_reading_order(deployed(summarise_points(table)))
+    untimed = in_reading_order(deployed(results.points))
+    oracles = results.points[results.points["arm"] == "oracle_router"]
     points = _points(results.fronts, cells, shown) + [_point(row, None, shown) for row in _records(untimed)]
     settings = table.drop_duplicates("setting")
     corner = results.reference
@@ -52,6 +53,7 @@ def payload(results: Results) -> dict[str, Any]:
             for label, mark in candidate_marks(results.candidates, untimed).items()
         },
         "points": points,
+        "oracles": [_point(row, None, shown) for row in _records(oracles)],
         "volumes": _volumes(results.fronts, cells, shown, corner),
         "reference": f"reference: quality {corner.quality_cost:g}× and time {corner.latency_ratio:g}× of dense",
         "rungs": [

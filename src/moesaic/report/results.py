@@ -11,13 +11,15 @@ from moesaic.report.columns import Quality, find_quality, qualities
 from moesaic.report.front import ReferencePoint, fronts_by_quality
 from moesaic.report.gaps import gap_table
 from moesaic.report.load import LoadedRuns
+from moesaic.report.pays import pays_table
+from moesaic.report.summary import summarise_points
 
 __all__ = ["Results", "analyse"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Results:
-    """Fronts over every quality that was measured, and the gap ladder."""
+    """Fronts over every quality that was measured, the gap ladder, and whether routing pays."""
 
     runs: LoadedRuns
     quality: Quality  # what pictures and the terminal show, and the page first
@@ -26,6 +28,8 @@ class Results:
     reference: ReferencePoint
     gap_quality: Quality
     gaps: pd.DataFrame
+    points: pd.DataFrame  # seed means of all arms, timed or not
+    pays: pd.DataFrame  # columns: moesaic.report.pays.PAYS_COLUMNS
 
     @property
     def candidates(self) -> pd.DataFrame:
@@ -34,7 +38,7 @@ class Results:
 
 
 def analyse(runs: LoadedRuns, quality: str = "perplexity", reference: ReferencePoint | None = None) -> Results:
-    """Fronts and gaps of `runs`; `quality` names what is shown first.
+    """Fronts, gaps and paired comparisons of `runs`; `quality` names what is shown first.
 
     Gaps are of the loss in nats, whose differences add up, or of `quality` where no loss was measured.
     Raises: ValueError for a quality that these records do not have.
@@ -52,4 +56,6 @@ def analyse(runs: LoadedRuns, quality: str = "perplexity", reference: ReferenceP
         reference=reference or ReferencePoint(),
         gap_quality=gap_quality,
         gaps=gap_table(table, gap_quality),
+        points=summarise_points(table),
+        pays=pays_table(runs),
     )

@@ -14,8 +14,9 @@ from rich.text import Text
 from moesaic.report import format as fmt
 from moesaic.report.columns import Quality
 from moesaic.report.front import cell_label
+from moesaic.report.pays_terminal import pays_tables
 from moesaic.report.results import Results
-from moesaic.report.summary import CELL_KEYS, deployed, failures, in_reading_order, summarise_points
+from moesaic.report.summary import CELL_KEYS, deployed, failures, in_reading_order
 from moesaic.report.write import ReportFiles
 
 __all__ = ["headline_cells", "print_files", "print_results", "results_tables"]
@@ -27,8 +28,8 @@ _LONGEST_KNOB = 5  # a longer name would widen the whole table; the page shows i
 
 
 def print_results(console: Console, results: Results) -> None:
-    """Print one table per setting, then what failed and what was skipped."""
-    for table in results_tables(results, width=console.width):
+    """Print one table per setting, whether routing pays, then what failed and what was skipped."""
+    for table in [*results_tables(results, width=console.width), *pays_tables(results.pays, width=console.width)]:
         console.print(table)
     for row in failures(results.runs.table).to_dict("records"):
         name = f"{row['label']} {fmt.budget('', row['budget'])} ({row['arm']}, seed {row['seed']})"
@@ -47,7 +48,7 @@ def results_tables(results: Results, *, width: int) -> list[Table]:
     table, candidates = results.runs.table, results.candidates
     extra = [found for found in results.qualities if found.maximise and found != results.quality][:1]
     settings = table[["model", "setting"]].drop_duplicates().to_dict("records")
-    points = in_reading_order(deployed(summarise_points(table)))
+    points = in_reading_order(deployed(results.points))
     tables = []
     for names in settings:
         mine = candidates[candidates["setting"] == names["setting"]]
@@ -61,11 +62,16 @@ def print_files(console: Console, files: ReportFiles) -> None:
     """Print where each part of the report is."""
     for path, meaning in (
         (files.page, "interactive report, one file, no network"),
+        (files.shares, "quality against active FFN share"),
         (files.pareto, "Pareto fronts"),
         (files.gaps, "where the loss comes from"),
+        (files.pays, "every routed point beside the static slice of its width"),
+        (files.pays_csv, "the same table as text"),
         (files.parquet, "tidy table"),
         (files.csv, "the same table as text"),
     ):
+        if path is None:
+            continue
         console.print(f"{path}", style="bold", markup=False, highlight=False, soft_wrap=True, end="")
         console.print(f"  {meaning}", highlight=False, soft_wrap=True)
 

@@ -1,4 +1,4 @@
-/* The two figures: fronts, and the gap ladder. */
+/* The figures: fronts, quality against active share, and the gap ladder. */
 
 function axis(title, extra = {}) {
   return {
@@ -114,6 +114,7 @@ function drawFront() {
   const labels = [...new Set(points.map((point) => point.label))];
   const traces = [frontTrace(all, quality), ...($("ideal").checked ? idealTraces(points, quality) : []),
     ...labels.map((label) => methodTrace(label, byWidth(points.filter((point) => point.label === label)), quality))];
+  $("front").hidden = !all.length;
   const dense = all.find((point) => point.method === "dense");
   const rule = { type: "line", line: { color: color("--quiet"), width: 1, dash: "dash" }, layer: "below" };
   const shapes = [{ ...rule, x0: 1, x1: 1, yref: "paper", y0: 0, y1: 1 }];
@@ -123,13 +124,15 @@ function drawFront() {
   }
   const look = layout({ shapes, xaxis: ratioAxis(points), yaxis: qualityAxis(points, quality) });
   noteFront(all, quality);
+  if (!all.length) return Promise.resolve();
   return Plotly.react("front", traces, look, { responsive: true, displaylogo: false, displayModeBar: false });
 }
 
 function noteFront(points, quality) {
   const { cell } = chosen();
   if (!points.length) {
-    $("front-note").textContent = "Nothing here has both this quality and a measured time.";
+    $("front-note").textContent = data.cells.length ? "Nothing here has both this quality and a measured time."
+      : "Nothing was timed. Quality against active FFN share is below.";
     return;
   }
   const volume = data.volumes.find((entry) => entry.cell === cell.id && entry.quality === quality.name);
@@ -139,6 +142,64 @@ function noteFront(points, quality) {
   }
   text.push(`Timed on ${cell.machine}. Dashed: the dense model.`);
   $("front-note").textContent = text.join(" ");
+}
+
+/** Every point of the chosen model with the chosen quality and an active share, timed or not; each once. */
+function sharePoints(points) {
+  const { quality } = chosen();
+  const model = data.models[$("setting").value];
+  const fitting = points.filter((point) => point.model === model && point.quality[quality.name] && !missing(point.active));
+  return [...new Map(fitting.map((point) => [point.key, point])).values()].filter((point) => !hidden.has(point.label));
+}
+
+function shareHover(point, quality, what) {
+  const value = point.quality[quality.name];
+  const write = (v) => written(v, quality);
+  return [`<b>${point.label}</b> ${point.budget === "—" ? "" : point.budget}${what}`, `active FFN ${percent(point.active)}`,
+    `${quality.label} ${write(value.value)} ${range(value.low, value.high, write)}`,
+    `${point.seeds} seed${point.seeds === 1 ? "" : "s"}`].join("<br>");
+}
+
+function shareTraces(label, points, oracles, aside, quality) {
+  const tint = shade(data.styles[label]);
+  const symbol = data.styles[label].symbol;
+  const score = (point) => point.quality[quality.name];
+  const reference = points[0]?.method.startsWith("static_");
+  const place = (list) => ({ x: list.map((point) => point.active + aside), y: list.map((point) => score(point).value) });
+  return [{
+    type: "scatter", mode: "lines+markers", name: label, ...place(points), text: points.map((point) => shareHover(point, quality, "")),
+    hovertemplate: "%{text}<extra></extra>", line: { color: tint, width: reference ? 4 : 1 },
+    marker: { color: tint, symbol, size: 10, line: { color: color("--ground"), width: 1.2 } },
+    error_y: bars(points.map((point) => score(point).value), points.map((point) => score(point).low), points.map((point) => score(point).high), tint),
+  }, {
+    type: "scatter", mode: "markers", name: `${label} oracle`, ...place(oracles),
+    text: oracles.map((point) => shareHover(point, quality, ", oracle routing, untrained")), hovertemplate: "%{text}<extra></extra>",
+    marker: { color: tint, symbol: `${symbol}-open`, size: 9, line: { width: 1.5 } },
+  }];
+}
+
+function drawShares() {
+  const { quality } = chosen();
+  const points = sharePoints(data.points);
+  const sparse = points.filter((point) => !point.dense);
+  const oracles = sharePoints(data.oracles);
+  const labels = [...new Set(sparse.map((point) => point.label))];
+  const aside = (index) => 0.0022 * (index - (labels.length - 1) / 2);
+  const of = (list, label) => byWidth(list.filter((point) => point.label === label));
+  const traces = labels.flatMap((label, i) => shareTraces(label, of(sparse, label), of(oracles, label), aside(i), quality));
+  const shapes = points.filter((point) => point.dense).map((point) => ({
+    type: "line", layer: "below", xref: "paper", x0: 0, x1: 1, y0: point.quality[quality.name].value, y1: point.quality[quality.name].value,
+    line: { color: color("--quiet"), width: 1.3, dash: point.method === "dense" ? "solid" : "dash" },
+  }));
+  $("shares").hidden = !sparse.length;
+  $("shares-note").textContent = sparse.length
+    ? "Thick: the static slice. Hollow: each method's oracle, untrained; some may lie beyond the picture. Lines across: dense, and dashed dense_same_tokens. Methods at one share stand side by side."
+    : "No sparse point has this quality.";
+  if (!sparse.length) return Promise.resolve();
+  const shares = visibleRange(sparse.map((point) => point.active), [], false);
+  return Plotly.react("shares", traces, layout({
+    shapes, xaxis: axis("active FFN share (left is sparser)", { tickformat: ".0%", ...shares }), yaxis: qualityAxis(points, quality),
+  }), { responsive: true, displaylogo: false, displayModeBar: false });
 }
 
 function drawGaps() {

@@ -71,12 +71,13 @@ function drawLegends() {
   const labels = data.labels.filter((label) => data.points.some((point) => point.label === label && point.model === model));
   const entries = labels.map((label) => {
     const box = Object.assign(document.createElement("input"), { type: "checkbox", checked: !hidden.has(label) });
-    box.addEventListener("change", () => { hidden[box.checked ? "delete" : "add"](label); drawFront(); drawTable(); });
+    box.addEventListener("change", () => { hidden[box.checked ? "delete" : "add"](label); drawFront(); drawShares(); drawTable(); });
     const node = document.createElement("label");
     node.append(box, swatch(GLYPHS[data.styles[label].symbol], shade(data.styles[label])), label);
     return node;
   });
-  $("methods").replaceChildren($("methods").firstElementChild, ...entries, entry("swatch line", "Pareto front"));
+  const front = data.cells.length ? [entry("swatch line", "Pareto front")] : [];
+  $("methods").replaceChildren($("methods").firstElementChild, ...entries, ...front);
   const rungs = data.rungs.map((rung) => {
     const node = Object.assign(document.createElement("span"), { className: "entry" });
     node.append(swatch(GLYPHS[rung.symbol], shade(rung)), rung.label);
@@ -103,7 +104,7 @@ function fillCells() {
 function draw() {
   drawLegends();
   drawTable();
-  return Promise.all([drawFront(), drawGaps()]);
+  return Promise.all([drawFront(), drawShares(), drawGaps()]);
 }
 
 function setTheme(theme) {
@@ -126,9 +127,11 @@ async function start() {
   for (const quality of data.qualities) option($("quality"), quality.name, quality.label);
   $("quality").value = data.quality;
   $("setting").parentElement.hidden = data.settings.length < 2;
+  for (const id of ["cell", "ideal"]) $(id).parentElement.hidden = !data.cells.length;
   fillCells();
   $("setting").addEventListener("change", () => { fillCells(); draw(); });
-  for (const id of ["cell", "quality"]) $(id).addEventListener("change", () => { drawFront(); drawTable(); });
+  $("cell").addEventListener("change", () => { drawFront(); drawTable(); });
+  $("quality").addEventListener("change", () => { drawFront(); drawShares(); drawTable(); });
   $("ideal").addEventListener("change", drawFront);
   $("theme").addEventListener("click", () => { setTheme(dark() ? "light" : "dark"); draw(); });
   await loadPlotly();
