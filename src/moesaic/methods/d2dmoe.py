@@ -23,7 +23,8 @@ from transformers.activations import ACT2FN
 from moesaic.ffn.dense import DenseFFN
 from moesaic.ffn.sites import capture_preactivations, find_ffns
 from moesaic.methods.base import AdaptJob, Prepare
-from moesaic.methods.lm import fit_language_model, task_loss, train_only
+from moesaic.methods.calibration import flat_rows
+from moesaic.methods.lm import adaptation_batches, fit_language_model, task_loss, train_only
 from moesaic.methods.relufy import with_activation
 from moesaic.training.fit import FitConfig, optimizer_of
 
@@ -32,7 +33,6 @@ __all__ = ["Sparsify", "alpha_at", "l1", "square_hoyer", "visible_units"]
 Schedule = Literal["constant", "linear", "linear_warmup"]
 
 _DISPLACEMENT = -10.0  # below it a pre-activation of GELU or SiLU counts as off
-_MEASURED_SEQUENCES = 8
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,8 +63,8 @@ class Sparsify(Prepare):
         job.model.train()
         module = SparseTraining(job, parameters, self)
         facts = fit_language_model(module, job, self.fit, label=job.label)
-        ids_NC = torch.as_tensor(job.tokens.blocks(job.context)[:_MEASURED_SEQUENCES].astype("int64"))
-        return {**facts, **module.measure({"input_ids": ids_NC.to(job.model.device)})}
+        batch = adaptation_batches(job, self.fit).batch(0)
+        return {**facts, **module.measure({name: rows.to(job.model.device) for name, rows in batch.items()})}
 
 
 class SparseTraining(pl.LightningModule):
@@ -90,11 +90,11 @@ class SparseTraining(pl.LightningModule):
         return {"loss": loss + alpha * penalty, "task_loss": loss.detach(), "penalty": penalty.detach()}
 
     def observed(self, batch: dict[str, Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """The task's loss of one batch, and the units (T, F) of each layer, float32, gradients attached."""
+        """The task's loss of one batch, and the units (T, F) of each layer, float32, gradients attached, no padding."""
         units: dict[int, Tensor] = {}
 
         def keep(index: int, pre: Tensor) -> None:
-            units[index] = self.units[index](pre.reshape(-1, pre.shape[-1]).float())
+            units[index] = self.units[index](flat_rows(pre, batch.get("attention_mask")).float())
 
         with capture_preactivations(self.sites, keep):
             loss = task_loss(self.model, batch)
