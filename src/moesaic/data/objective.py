@@ -242,9 +242,8 @@ def objective_of(model: PreTrainedModel, split: TokenSplit) -> Objective:
         )
         return MaskedToken(mask_id=mask_id, start_id=start_id)
     if head == "seq2seq_lm":
-        given = config.decoder_start_token_id
-        given = config.bos_token_id if given is None else given
-        return SecondHalf(decoder_start_id=_needed(given, f"{type(model).__name__} names no decoder_start_token_id"))
+        first_id = getattr(config, "decoder_start_token_id", None)
+        return SecondHalf(decoder_start_id=_needed(first_id, f"{type(model).__name__} names no decoder_start_token_id"))
     if head == "sequence_classification":
         pad_id = split.separator_id if config.pad_token_id is None else config.pad_token_id
         labels = config.id2label or {}

@@ -194,7 +194,7 @@ def _refuse_unfit(model: PreTrainedModel, context: int) -> None:
 
 
 def _start_of(model: PreTrainedModel, split: TokenSplit) -> int:
-    begin = model.config.get_text_config().bos_token_id
+    begin = getattr(model.config.get_text_config(), "bos_token_id", None)
     return begin if isinstance(begin, int) else split.separator_id
 
 
