@@ -6,6 +6,7 @@ Shapes: L layers, T tokens, D model dim, B blocks.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -25,7 +26,7 @@ from moesaic.sparse.targets import Target, captured_mass, expert_targets, normal
 from moesaic.training.fit import FitConfig, fit, optimizer_of
 from moesaic.training.loader import RowBatches
 
-__all__ = ["RouterRegression", "TrainRouters", "held_out_rows", "router_loss"]
+__all__ = ["JudgedRouters", "RouterRegression", "TrainRouters", "held_out_rows", "router_batches", "router_loss"]
 
 Loss = Literal["bce_soft", "bce_multi_hot", "mse"]
 Normalise = Literal["batch_max", "quantile"]
@@ -64,49 +65,43 @@ class TrainRouters(Phase):
         held_T = held_out_rows(job.calibration, self.split, self.held_out_frac, job.seed)
         inputs = [job.calibration.inputs_TD(layer) for layer in range(job.calibration.num_layers)]
         module = RouterRegression(job.model, self, [x_TD[held_T] for x_TD in inputs])
-        batches = RowBatches(
-            {f"layer_{i}": x_TD[~held_T] for i, x_TD in enumerate(inputs)},
-            batch_size=self.fit.batch_size,
-            seed=job.seed,
-        )
+        batches = router_batches([x_TD[~held_T] for x_TD in inputs], self.fit, job.seed)
         result = fit(module, batches, self.fit, folder=job.folder, label=job.label)
         module.validate()
         mass_L = module.restore(self.keep)
         return {"tokens": 0, "steps": result.steps, "wall_seconds": result.seconds, "captured_mass_L": mass_L}
 
 
-class RouterRegression(pl.LightningModule):
-    """All layers' routers at once: their losses are separate sums, so this equals training each layer alone."""
+class JudgedRouters(pl.LightningModule, ABC):
+    """All layers' routers at once: their losses are separate sums, so this equals training each layer alone.
 
-    def __init__(self, model: PreTrainedModel, phase: TrainRouters, held_LTD: list[Tensor]) -> None:
+    Every `validate_every_steps` they are judged on held-out rows, and the best two of each layer are kept.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, config: FitConfig, held_LTD: list[Tensor], validate_every_steps: int
+    ) -> None:
         super().__init__()
-        self.model, self.phase, self.held_LTD = model, phase, held_LTD
+        self.model, self.config, self.held_LTD = model, config, held_LTD
+        self.validate_every_steps = validate_every_steps
         self.layers: list[SparseFFN] = sparse_layers(model)
         self.parameters_ = list(router_parameters(model))
-        self.scale_L = [self._scale(layer, x_TD) for layer, x_TD in zip(self.layers, held_LTD, strict=True)]
         self.kept: list[list[tuple[float, dict[str, Tensor]]]] = [[] for _ in self.layers]
 
-    def _scale(self, layer: SparseFFN, x_TD: Tensor) -> float | None:
-        if self.phase.normalise == "batch_max":
-            return None
-        return quantile_scale(expert_targets(layer.experts, x_TD, self.phase.target))
+    @abstractmethod
+    def layer_loss(self, index: int, x_TD: Tensor) -> Tensor:
+        """Mean loss over tokens and blocks of the router of layer `index`, a float32 scalar."""
+
+    @abstractmethod
+    def merit(self, layer: SparseFFN, x_TD: Tensor) -> float:
+        """How good the present router of `layer` is on rows it was not trained on; more is better."""
 
     def training_step(self, batch: dict[str, Tensor], _: int) -> Tensor:
-        """Sum over layers of the mean loss over tokens and blocks."""
+        """Sum over layers of their losses."""
         # Here and not after the batch: a checkpoint is taken between the two, and must not miss a router seen.
-        if self.global_step and self.global_step % self.phase.validate_every_steps == 0:
+        if self.global_step and self.global_step % self.validate_every_steps == 0:
             self.validate()
-        losses = [
-            router_loss(
-                self.logits(layer, x_TD),
-                expert_targets(layer.experts, x_TD, self.phase.target),
-                loss=self.phase.loss,
-                scale=scale,
-                active_frac=self.phase.active_frac,
-            )
-            for layer, x_TD, scale in zip(self.layers, batch.values(), self.scale_L, strict=True)
-        ]
-        return torch.stack(losses).sum()
+        return torch.stack([self.layer_loss(index, x_TD) for index, x_TD in enumerate(batch.values())]).sum()
 
     def logits(self, layer: SparseFFN, x_TD: Tensor) -> Tensor:
         """(T, B) float32 router outputs of one layer."""
@@ -118,23 +113,20 @@ class RouterRegression(pl.LightningModule):
         """Judge the present routers on the held-out rows and keep the best two of each layer."""
         for layer, x_TD, kept in zip(self.layers, self.held_LTD, self.kept, strict=True):
             assert layer.score is not None
-            chosen = TopK(k=active_count(layer.experts.num_blocks, self.phase.active_frac))
-            active_TB = chosen(self.logits(layer, x_TD)).active_TB()
-            mass = captured_mass(expert_targets(layer.experts, x_TD, self.phase.target), active_TB)
             state = {key: value.detach().clone() for key, value in layer.score.state_dict().items()}
-            kept.append((mass, state))
+            kept.append((self.merit(layer, x_TD), state))
             kept.sort(key=lambda entry: entry[0], reverse=True)
             del kept[2:]
 
     def restore(self, keep: Literal["best", "second_best"]) -> list[float]:
-        """Put the kept routers back into the model; their captured mass on held-out rows, per layer, 0..1."""
-        masses = []
+        """Put the kept routers back into the model; their merit on held-out rows, per layer."""
+        merits = []
         for layer, kept in zip(self.layers, self.kept, strict=True):
             assert layer.score is not None
-            mass, state = kept[min(1, len(kept) - 1) if keep == "second_best" else 0]
+            merit, state = kept[min(1, len(kept) - 1) if keep == "second_best" else 0]
             layer.score.load_state_dict(state)
-            masses.append(mass)
-        return masses
+            merits.append(merit)
+        return merits
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["kept"] = self.kept
@@ -143,7 +135,42 @@ class RouterRegression(pl.LightningModule):
         self.kept = checkpoint["kept"]
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        return optimizer_of(self.parameters_, self.phase.fit)
+        return optimizer_of(self.parameters_, self.config)
+
+
+class RouterRegression(JudgedRouters):
+    """Routers that learn what the blocks are worth; judged by the mass that the best of them capture, 0..1."""
+
+    def __init__(self, model: PreTrainedModel, phase: TrainRouters, held_LTD: list[Tensor]) -> None:
+        super().__init__(model, phase.fit, held_LTD, phase.validate_every_steps)
+        self.phase = phase
+        self.scale_L = [self._scale(layer, x_TD) for layer, x_TD in zip(self.layers, held_LTD, strict=True)]
+
+    def layer_loss(self, index: int, x_TD: Tensor) -> Tensor:
+        layer = self.layers[index]
+        return router_loss(
+            self.logits(layer, x_TD),
+            expert_targets(layer.experts, x_TD, self.phase.target),
+            loss=self.phase.loss,
+            scale=self.scale_L[index],
+            active_frac=self.phase.active_frac,
+        )
+
+    def merit(self, layer: SparseFFN, x_TD: Tensor) -> float:
+        chosen = TopK(k=active_count(layer.experts.num_blocks, self.phase.active_frac))
+        active_TB = chosen(self.logits(layer, x_TD)).active_TB()
+        return captured_mass(expert_targets(layer.experts, x_TD, self.phase.target), active_TB)
+
+    def _scale(self, layer: SparseFFN, x_TD: Tensor) -> float | None:
+        if self.phase.normalise == "batch_max":
+            return None
+        return quantile_scale(expert_targets(layer.experts, x_TD, self.phase.target))
+
+
+def router_batches(inputs_LTD: list[Tensor], config: FitConfig, seed: int) -> RowBatches:
+    """Batches of the same rows of every layer's inputs."""
+    rows = {f"layer_{index}": x_TD for index, x_TD in enumerate(inputs_LTD)}
+    return RowBatches(rows, batch_size=config.batch_size, seed=seed)
 
 
 def active_count(num_blocks: int, active_frac: float) -> int:
