@@ -9,11 +9,13 @@ from bench.toy import prompts_NC, sparse_toy
 from torch.utils.flop_counter import FlopCounterMode
 from toys import CAUSAL_FAMILIES, TOY_VOCAB, TOY_WIDTH, tiny_model
 
-from moesaic.bench.anatomy import read_anatomy
+from moesaic.bench.anatomy import masked_anatomy, read_anatomy
 from moesaic.bench.arms import observe
 from moesaic.bench.calls import Cell
 from moesaic.bench.cost import call_work, full_loads, router_work
+from moesaic.sparse.channels import ChannelMasks
 from moesaic.sparse.layer import sparse_layers
+from moesaic.sparse.model import mask_channels
 from moesaic.sparse.score import Oracle
 from moesaic.sparse.select import DynamicK, TopK
 
@@ -123,3 +125,15 @@ def whole_model_flops(family: str, cell: Cell, *, executor: str | None) -> tuple
 def test_a_model_multiplies_what_the_model_says(family: str, cell: Cell, executor: str | None) -> None:
     found, expected = whole_model_flops(family, cell, executor=executor)
     assert found == expected
+
+
+def test_a_masked_model_reads_the_share_of_each_matrix_that_its_inputs_want() -> None:
+    model = tiny_model("llama")
+    whole = read_anatomy(model)
+    share = {"model.layers.0.mlp.down_proj": 0.25, "model.layers.1.self_attn.q_proj": 0.5}
+    mask_channels(model, ChannelMasks(threshold=dict.fromkeys(share, 1.0)))
+    anatomy, blocks_L = masked_anatomy(model, None, share)
+    assert blocks_L == [pytest.approx((2 + 0.25) / 3), 1.0]
+    assert anatomy.ffns == whole.ffns
+    idle = model.get_submodule("model.layers.1.self_attn.q_proj").weight.numel() / 2
+    assert anatomy.body.parameters == whole.body.parameters - idle

@@ -17,7 +17,7 @@ from moesaic.app.schema import MoesaicConfig
 from moesaic.backbones.base import Backbone
 from moesaic.backbones.pretrain import PretrainHere
 from moesaic.backbones.source import load_backbone
-from moesaic.bench.anatomy import read_anatomy
+from moesaic.bench.anatomy import masked_anatomy, read_anatomy
 from moesaic.bench.config import prompt_rows
 from moesaic.bench.cost import cost_record
 from moesaic.bench.point import BenchRequest, bench_point
@@ -34,6 +34,7 @@ from moesaic.methods.controls import Arm, apply_arm
 from moesaic.methods.lm import calibration_loss
 from moesaic.runs.atomic import write_json_atomic
 from moesaic.runs.stage import Stage
+from moesaic.sparse.channels import count_channels
 from moesaic.sparse.layer import sparse_layers
 from moesaic.sparse.model import load_model
 from moesaic.sparse.trace import count_routing
@@ -265,13 +266,16 @@ def evaluate(
         split = TokenSplit.load(parents[1])
         label = f"{arm} {_label(method.name, budget)}"
         result: dict[str, Any] = {}
-        with ProgressLine(f"perplexity {label}", None) as line, count_routing(net) as counts:
+        progress = ProgressLine(f"perplexity {label}", None)
+        with progress as line, count_routing(net) as counts, count_channels(net) as channels:
             loss = perplexity(net, split, **asdict(settings.perplexity), progress=lambda done, _: line.update(done))
-        blocks_L = counts.mean_blocks_L() if sparse_layers(net) else None
-        reference = read_anatomy(config.backbone.skeleton(), config.backbone.ffn)
-        result["cost"] = cost_record(reference, read_anatomy(net, config.backbone.ffn), blocks_L=blocks_L)
+        pattern = config.backbone.ffn
         if sparse_layers(net):
+            own, blocks_L = read_anatomy(net, pattern), counts.mean_blocks_L()
             result["routing"] = counts.summary()
+        else:
+            own, blocks_L = masked_anatomy(net, pattern, channels.active_frac())
+        result["cost"] = cost_record(read_anatomy(config.backbone.skeleton(), pattern), own, blocks_L=blocks_L)
         result["quality"], result["protocol"] = loss.summary(), {"perplexity": loss.protocol}
         pd.DataFrame(loss.rows()).to_parquet(folder / DOCUMENTS_FILE)
         rows: list[dict[str, Any]] = []

@@ -5,8 +5,9 @@ Shapes: D model dim, B blocks, S neurons per block.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 from torch import nn
@@ -17,9 +18,10 @@ from transformers.pytorch_utils import Conv1D
 from moesaic.ffn.dense import DenseFFN
 from moesaic.ffn.families import FFNPattern
 from moesaic.ffn.sites import find_ffns
+from moesaic.sparse.channels import unmasked
 from moesaic.sparse.layer import SparseFFN, sparse_layers
 
-__all__ = ["Anatomy", "Attention", "FFNLayer", "Matrix", "read_anatomy"]
+__all__ = ["Anatomy", "Attention", "FFNLayer", "Matrix", "masked_anatomy", "read_anatomy"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,7 +83,8 @@ def read_anatomy(model: PreTrainedModel, pattern: FFNPattern | None = None) -> A
         ffns = tuple(_sparse_ffn(layer) for layer in layers)
         inside = {id(module) for layer in layers for module in layer.modules()}
     else:
-        ffns, inside = _dense_ffns(model, pattern)
+        with unmasked(model):
+            ffns, inside = _dense_ffns(model, pattern)
     head = model.get_output_embeddings()
     others = [module for module in _products(model) if id(module) not in inside and module is not head]
     return Anatomy(
@@ -91,6 +94,36 @@ def read_anatomy(model: PreTrainedModel, pattern: FFNPattern | None = None) -> A
         attention=_attention(model),
         parameters_total=sum(parameter.numel() for parameter in model.parameters()),
     )
+
+
+def masked_anatomy(
+    model: PreTrainedModel, pattern: FFNPattern | None, active_frac: Mapping[str, float]
+) -> tuple[Anatomy, list[float]]:
+    """The anatomy of a dense model of which a token reads `active_frac` (0..1, by module name) of some matrices.
+
+    With it, per FFN, the share of it that is read: as many "blocks" as the dense FFN, which is one block, runs.
+    """
+    whole = read_anatomy(model, pattern)
+    with unmasked(model):
+        sites = find_ffns(model, pattern)
+    parts_L = [[f"{site.name}.{part}" for part in site.pattern.linears.values()] for site in sites]
+    blocks_L = [_share_read(model, parts, active_frac) for parts in parts_L]
+    inside = {part for parts in parts_L for part in parts}
+    body = _matrix(*(_weight(model, name) for name in active_frac if name not in inside))
+    idle = body.parameters * (1 - _share_read(model, [n for n in active_frac if n not in inside], active_frac))
+    read = 1 - idle / max(1, whole.body.parameters)
+    scaled = Matrix(parameters=round(whole.body.parameters * read), nbytes=round(whole.body.nbytes * read))
+    return replace(whole, body=scaled), blocks_L
+
+
+def _share_read(model: PreTrainedModel, names: Sequence[str], active_frac: Mapping[str, float]) -> float:
+    """Share of the numbers in the named matrices that are read; all where there are none."""
+    sizes = [(_weight(model, name).numel(), active_frac.get(name, 1.0)) for name in names]
+    return sum(size * share for size, share in sizes) / sum(size for size, _ in sizes) if sizes else 1.0
+
+
+def _weight(model: PreTrainedModel, name: str) -> torch.Tensor:
+    return cast(torch.Tensor, model.get_submodule(name).weight)
 
 
 def _sparse_ffn(layer: SparseFFN) -> FFNLayer:

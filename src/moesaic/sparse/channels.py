@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["ChannelCounts", "ChannelGate", "ChannelMasks", "count_channels", "install_masks"]
+__all__ = ["ChannelCounts", "ChannelGate", "ChannelMasks", "count_channels", "install_masks", "unmasked"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,9 +42,12 @@ class ChannelGate(nn.Module):
     def __init__(self, threshold: float, dense_prefix_frac: float) -> None:
         super().__init__()
         self.threshold, self.dense_prefix_frac = threshold, dense_prefix_frac
+        self.enabled = True
 
     def forward(self, x: Tensor) -> Tensor:
         """The masked inputs, shape (..., C, D) or (C, D) like `x`."""
+        if not self.enabled:
+            return x
         kept = x.abs() > self.threshold
         if self.dense_prefix_frac and x.shape[-2] > 1:
             kept[..., : math.ceil(self.dense_prefix_frac * x.shape[-2]), :] = True
@@ -70,6 +73,19 @@ def _gated(linear: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
     gate = linear.channel_gate
     assert isinstance(gate, ChannelGate)
     return (gate(args[0]), *args[1:])
+
+
+@contextmanager
+def unmasked(model: nn.Module) -> Iterator[None]:
+    """Within the scope no input of `model` is masked: its linear layers compute what their weights say."""
+    gates = [module for module in model.modules() if isinstance(module, ChannelGate)]
+    for gate in gates:
+        gate.enabled = False
+    try:
+        yield
+    finally:
+        for gate in gates:
+            gate.enabled = True
 
 
 class ChannelCounts:
