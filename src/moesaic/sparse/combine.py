@@ -18,9 +18,9 @@ from moesaic.sparse.experts import Experts
 from moesaic.sparse.routing import Routing
 from moesaic.sparse.stats import block_means
 
-__all__ = ["Combine", "CombineModule", "scale_by_count"]
+__all__ = ["EXACT_ZEROS", "Combine", "CombineModule", "scale_by_count"]
 
-_EXACT_ZEROS = ("relu", "relu2")  # activations after which a block that matters little gives exactly nothing
+EXACT_ZEROS = ("relu", "relu2")  # activations after which a block that matters little gives exactly nothing
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,7 +54,7 @@ class Combine:
         """The same combination with `fill` auto decided for `ffn`, as `build` needs it."""
         if self.fill != "auto":
             return self
-        return replace(self, fill="zero" if ffn.activation in _EXACT_ZEROS else "mean")
+        return replace(self, fill="zero" if ffn.activation in EXACT_ZEROS else "mean")
 
     def build(self, dim: int, num_blocks: int) -> CombineModule:
         """The module for one layer: scales 1, means 0 until `initialise` or a checkpoint sets them."""
