@@ -48,8 +48,8 @@ def next_token_losses(logits_NCV: Tensor, ids_NC: Tensor) -> Tensor:
 
 
 def level_frequencies(level_T: Tensor, num_levels: int) -> list[float]:
-    """The share of tokens of each level."""
-    return (torch.bincount(level_T, minlength=num_levels) / len(level_T)).tolist()
+    """The share of tokens of each level, to four digits."""
+    return [round(count / len(level_T), 4) for count in torch.bincount(level_T, minlength=num_levels).tolist()]
 
 
 def label_histograms(

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from moesaic.data.objective import forward
-from moesaic.methods.base import AdaptJob, Phase, routed_by
+from moesaic.methods.base import AdaptJob, Phase, routed_by, select_blocks
 from moesaic.methods.difficulty import (
     agreement,
     difficulty_shares,
@@ -40,6 +40,7 @@ from moesaic.sparse.levels import (
     LevelCombine,
     LevelRule,
     Levels,
+    Nested,
     level_blocks,
     level_members,
     level_routing,
@@ -71,11 +72,13 @@ class LevelFinetune(Phase):
     `label_source`: the experts as they are (current) or as they were converted (frozen). `dispatch`: which level a
     token runs in training: its label, the router's first choice, a random one, or all of them mixed (soft); the first
     `label_first_frac` of the steps run labels, soft ones excepted. `explore_frac` of the tokens move to a random level,
-    so that every prefix goes on learning. `router_lr` is the routers' own peak rate; they do not decay.
+    so that every prefix goes on learning. What a router chooses is its most probable level, or what `train_select`
+    makes of its logits. `router_lr` is the routers' own peak rate; they do not decay.
     Raises ValueError for shares outside 0..1, and for a label share where theta is given.
     """
 
     fit: FitConfig
+    levels: Levels
     similarity: Similarity
     label_rule: LabelRule
     label_source: Literal["current", "frozen"]
@@ -88,6 +91,7 @@ class LevelFinetune(Phase):
     router_lr: float
     theta: float | None = None
     label_share: float | None = None
+    train_select: LevelRule | None = None
 
     uses_selection: ClassVar[bool] = False  # the levels come from the routers; shares are solved afterwards
 
@@ -196,14 +200,20 @@ class Lesson:
             self.residual_L.clear()
 
     @torch.no_grad()
-    def levels(self, index: int, x_TD: Tensor, teacher: Experts, logits_TE: Tensor, *, explore: bool) -> Tensor:
+    def levels(self, index: int, x_TD: Tensor, teacher: Experts, logits_TE: Tensor, context: RoutingContext) -> Tensor:
         """int64 (T,): the level that each token of layer `index` runs, its label being noted beside it."""
         similarity_TE = level_similarity(
             teacher, x_TD, self.levels_E, self.phase.similarity, residual_TD=self.residual_L.get(index)
         )
         label_T = label_levels(similarity_TE, self.theta, self.phase.label_rule)
-        level_T = {"label": label_T, "random": self._random(label_T)}.get(self._dispatch, logits_TE.argmax(dim=1))
-        if explore:
+        level_T = logits_TE.argmax(dim=1)
+        if self._dispatch == "label":
+            level_T = label_T
+        elif self._dispatch == "random":
+            level_T = self._random(label_T)
+        elif self.phase.train_select is not None:
+            level_T = self.phase.train_select.level_T(logits_TE, context)
+        if context.training:
             moved_T = torch.rand(label_T.shape, device=label_T.device) < self.phase.explore_frac
             level_T = torch.where(moved_T, self._random(label_T), level_T)
         self._seen.append(Taught(similarity_TE=similarity_TE, label_T=label_T, logits_TE=logits_TE, level_T=level_T))
@@ -228,7 +238,7 @@ class TaughtScore(JointScoreModule):
         self, x_TD: Tensor, experts: Experts, select: Selection, context: RoutingContext
     ) -> tuple[Routing, Tensor]:
         logits_TE = self.own(x_TD, experts)
-        level_T = self.lesson.levels(self.index, x_TD, self.teacher or experts, logits_TE, explore=context.training)
+        level_T = self.lesson.levels(self.index, x_TD, self.teacher or experts, logits_TE, context)
         return level_routing(level_T, self.lesson.members_EB), logits_TE
 
 
@@ -236,9 +246,10 @@ class TaughtScore(JointScoreModule):
 def taught(model: PreTrainedModel, phase: LevelFinetune, batch: dict[str, Tensor]) -> Iterator[Lesson]:
     """Within the scope the levels of every layer come from the lesson; `batch` shows where the residual stream is."""
     layers = sparse_layers(model)
-    lesson = Lesson(phase, level_blocks(levels_of(model), layers[0].experts.num_blocks), model.device)
+    lesson = Lesson(phase, level_blocks(phase.levels, layers[0].experts.num_blocks), model.device)
     norms = residual_norms(model, batch) if phase.similarity == "resid_cos" else []
-    routers = [layer.score for layer in layers]
+    routers, selections = [layer.score for layer in layers], [layer.select for layer in layers]
+    select_blocks(model, Nested(levels=phase.levels))
     for index, (layer, router) in enumerate(zip(layers, routers, strict=True)):
         assert router is not None
         frozen = copy.deepcopy(layer.experts).requires_grad_(False) if phase.label_source == "frozen" else None
@@ -249,23 +260,14 @@ def taught(model: PreTrainedModel, phase: LevelFinetune, batch: dict[str, Tensor
     finally:
         for layer, router in zip(layers, routers, strict=True):
             layer.score = router
+        select_blocks(model, selections)
 
 
 def dispatched(model: PreTrainedModel, phase: LevelFinetune) -> AbstractContextManager[None]:
     """The scope of training: a soft dispatch mixes all levels, others combine as the model does."""
     if phase.dispatch != "soft":
         return nullcontext()
-    return routed_by(model, sparse_layers(model)[0].select, LevelCombine(levels=levels_of(model), by="soft"))
-
-
-def levels_of(model: PreTrainedModel) -> Levels:
-    """The levels that the model's selection knows. Raises ValueError for a selection without levels."""
-    select = sparse_layers(model)[0].select
-    if not isinstance(select, LevelRule):
-        raise ValueError(
-            f"nested experts need levels, but select is {type(select).__name__}. Use moesaic.sparse.levels.Nested."
-        )
-    return select.levels
+    return routed_by(model, sparse_layers(model)[0].select, LevelCombine(levels=phase.levels, by="soft"))
 
 
 def optimizer_groups(model: PreTrainedModel, phase: LevelFinetune, trained: list[nn.Parameter]) -> list[dict[str, Any]]:

@@ -7,6 +7,7 @@ Shapes: T tokens, D model dim, B blocks, E levels, U hidden width of a router, N
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
@@ -34,6 +35,7 @@ __all__ = [
     "Nested",
     "RandomLevels",
     "SolvedKnobs",
+    "between",
     "first_above",
     "level_blocks",
     "level_members",
@@ -151,12 +153,9 @@ class SolvedKnobs(nn.Module):
 
     def at(self, share: float) -> float:
         """The knob of `share`, linear between the two solved shares around it. ValueError before they are solved."""
-        above = min(bisect_right(self.shares, share), len(self.shares) - 1)
-        below = max(0, above - 1)
-        low, high = self.shares[below], self.shares[above]
-        part = (share - low) / (high - low) if high > low else 0.0
+        below, above, part = between(self.shares, share)
         knob = torch.lerp(self.knob_K[below], self.knob_K[above], part).item()
-        if knob != knob:
+        if math.isnan(knob):
             raise ValueError(
                 f"select.mean_share={share} has no knob yet: it is solved on calibration tokens. Add the phase "
                 "moesaic.methods.share.SolveShares after training."
@@ -389,6 +388,14 @@ def solve_rising(
             best = seen
         low, high = (middle, high) if seen[1] < share else (low, middle)
     return best
+
+
+def between(shares: Sequence[float], share: float) -> tuple[int, int, float]:
+    """(below, above, part): the rising `shares` around `share`, and how far it is from the lower to the upper, 0..1."""
+    above = min(bisect_right(shares, share), len(shares) - 1)
+    below = max(0, above - 1)
+    width = shares[above] - shares[below]
+    return below, above, (share - shares[below]) / width if width else 0.0
 
 
 def _blocks_of(levels: Levels, num_levels: int) -> int:
