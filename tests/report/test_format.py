@@ -24,3 +24,8 @@ def test_interval_and_budget() -> None:
     assert (fmt.budget("tau", 0.1), fmt.budget("k", 8.0), fmt.budget(None, 3), fmt.budget("k", None)) == (
         "tau=0.1", "k=8", "3", "—",
     )  # fmt: skip
+
+
+def test_a_difference_has_a_sign() -> None:
+    assert (fmt.difference(0.01234), fmt.difference(-0.5), fmt.difference(None)) == ("+0.0123", "−0.5000", "—")
+    assert (fmt.difference(-0.0312, points=True), fmt.difference(0.4, points=True)) == ("−3.1", "+40.0")

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from report.synthetic_records import point, record, write_record, write_runs
+from report.synthetic_records import point, record, write_record, write_runs, write_study
 
 from moesaic.report.front import ReferencePoint
 from moesaic.report.html import render
@@ -83,3 +83,23 @@ def test_gap_table_shows_missing_as_missing(tmp_path: Path) -> None:
     assert cells[:3] == ["m", "k=8", "25 %"]
     assert cells.count("—") == 7 + 5  # every rung but `adapted`, every gap; nothing was prepared
     assert "2.250" in cells
+
+
+def test_whether_routing_pays_stands_in_the_page(tmp_path: Path) -> None:
+    page = _page(write_study(tmp_path, seeds=(0, 1), num_documents=5))
+    for text in (
+        "Does routing pay?",
+        '<span class="onfront">pays</span>',
+        '<span class="loses">does not</span>',
+        "between 25–50 %",
+        "no slice: its active share 78 % lies outside the slices",
+        "Few documents (5): their 15 windows were resampled",
+        "What adapting cost",
+        'href="pays.csv"',
+    ):
+        assert text.replace("'", "&#x27;") in page
+    assert 'href="pareto.png"' not in page  # nothing was timed
+    data = _data(page)
+    assert data["cells"] == []
+    assert len(data["oracles"]) == 14 * 3
+    assert all(entry["cell"] is None for entry in data["points"])

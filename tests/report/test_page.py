@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from report.synthetic_records import write_runs
+from report.synthetic_records import write_runs, write_study
 
 from moesaic.report.load import load
 from moesaic.report.results import analyse
@@ -152,3 +152,30 @@ def test_controls_can_be_reached_by_tab(page: Any) -> None:
         page.keyboard.press("Tab")
         reached.append(page.evaluate("document.activeElement.id || document.activeElement.className || ''"))
     assert reached[:5] == ["skip", "theme", "setting", "cell", "quality"]
+
+
+def test_quality_against_active_share_is_drawn_and_follows_the_choices(page: Any) -> None:
+    drawn = """() => Object.fromEntries([...document.querySelectorAll("#shares .scatterlayer .trace")].map((node) => [
+        node.__data__[0].trace.name, node.querySelectorAll(".point").length]))"""
+    methods = {"static_slice": 3, "moefication": 3, "factorllm": 3}
+    oracles = {"moefication oracle": 3, "factorllm oracle": 3}
+    assert page.evaluate(drawn) == {**methods, **oracles}
+    page.get_by_label("moefication").uncheck()
+    assert "moefication" not in page.evaluate(drawn)
+    page.select_option("#quality", "next_line.acc")
+    assert "next_line accuracy" in page.locator("#shares .ytitle").text_content()
+
+
+def test_a_study_without_times_shows_what_it_has(browser: Any, tmp_path: Path) -> None:
+    file = write_report(analyse(load(write_study(tmp_path / "runs", seeds=(0, 1)))), tmp_path / "out").page
+    page = browser.new_context(offline=True, viewport={"width": 1280, "height": 900}).new_page()
+    problems: list[str] = []
+    page.on("pageerror", lambda error: problems.append(str(error)))
+    page.goto(file.as_uri())
+    page.wait_for_function("document.body.dataset.ready === '1'")
+    assert not page.locator("#front").is_visible()
+    assert not page.locator("#cell").is_visible()
+    assert page.locator("#front-note").inner_text().startswith("Nothing was timed.")
+    assert page.locator("#shares .scatterlayer .point").count() > 15 * 3
+    assert len(_first_column(page)) == 2 + 15 * 3
+    assert problems == []

@@ -2,7 +2,7 @@ import io
 from pathlib import Path
 
 import pytest
-from report.synthetic_records import cell, point, record, write_record, write_runs
+from report.synthetic_records import cell, point, record, write_record, write_runs, write_study
 from rich.console import Console
 
 from moesaic.report.load import load
@@ -56,3 +56,25 @@ def test_a_time_below_the_ideal_is_marked(tmp_path: Path) -> None:
         text = " ".join(" ".join(_printed(tmp_path, width)).split())
         assert "!0.50" in text
         assert "an error to explain" in text
+
+
+@pytest.mark.parametrize("width", [80, 120, 160])
+def test_whether_routing_pays_is_printed(tmp_path: Path, width: int) -> None:
+    lines = _printed(write_study(tmp_path, seeds=(0, 1), num_documents=5), width)
+    assert max(map(len, lines)) <= width
+    begin = next(i for i, line in enumerate(lines) if line.startswith("Does routing pay? Loss"))
+    text = "\n".join(lines[begin:])
+    assert "…" not in text
+    assert all(verdict in text for verdict in ("pays", "does not", "can't tell"))
+    together = " ".join(text.split())
+    assert "Does routing pay? next_line accuracy" in together
+    assert "No slice beside method_n_threshold: its active share 78 % lies outside the slices'" in together
+    assert "Few documents (5): their 15 windows were resampled" in together
+
+
+def test_a_missing_slice_is_said_once(tmp_path: Path) -> None:
+    lines = _printed(_small(tmp_path), 130)
+    assert not any("Does routing pay" in line for line in lines)
+    assert [line for line in lines if "static slice" in line] == [
+        "no static slice beside m: no static_slice was run on synthetic-a"
+    ]

@@ -197,7 +197,8 @@ class _Bench:
             values = {name: _mean(row[name] for row in of_seeds) for name in (LOSS, "perplexity")}
             return {"seeds": len(of_seeds), "value": values[LOSS], "perplexity": values["perplexity"]}
         found = [scores for row in of_seeds if (scores := self._of(row, measure)) is not None]
-        return {"seeds": len(found), "value": _mean(scores.mean for scores in found)}
+        value = _mean(scores.mean for scores in found)
+        return {"seeds": len(found), "value": value, "perplexity": math.nan}
 
     def _beside_slice(self, of_seeds: Sequence[Mapping[Any, Any]], measure: str) -> tuple[_Pairs, list[Slice]]:
         slices: list[Slice] = []

@@ -15,7 +15,7 @@ from moesaic.report.pays import LOSES, OPEN, PAYS
 from moesaic.report.pays_section import caveats, slice_width
 from moesaic.report.scores import LOSS
 
-__all__ = ["pays_tables"]
+__all__ = ["pays_tables", "unpaired"]
 
 _STYLES = {PAYS: "green", LOSES: "red", OPEN: "dim"}
 _CAPTION = (
@@ -27,8 +27,10 @@ _WIDE = 144  # characters; in a narrower terminal an interval stands below its d
 
 
 def pays_tables(pays: pd.DataFrame, *, width: int) -> list[Table]:
-    """One rich table per model and measure, margins left out, for a terminal of `width` characters."""
+    """One rich table per model and measure that has a slice, margins left out, for a terminal of `width` characters."""
     shown = pays[~pays["measure"].str.endswith(".margin")]
+    compared = shown.groupby(["model", "measure"])["slice"].transform("count") > 0
+    shown = shown[compared]
     several = shown["model"].nunique() > 1
     tables = []
     for (model, measure), rows in shown.groupby(["model", "measure"], sort=False):
@@ -38,6 +40,14 @@ def pays_tables(pays: pd.DataFrame, *, width: int) -> list[Table]:
         said = [tables[-1].caption, _CAPTION, *caveats(pays)]
         tables[-1].caption = "\n".join(str(part) for part in said if part)
     return tables
+
+
+def unpaired(pays: pd.DataFrame) -> list[str]:
+    """Why nothing stands beside the methods of a model that has no slice at all; `pays_tables` shows nothing of it."""
+    losses = pays[pays["measure"] == LOSS]
+    alone = losses[losses.groupby("model")["slice"].transform("count") == 0]
+    said = [f"{row['label']}: {row['reason']}" for row in alone.to_dict("records")]
+    return list(dict.fromkeys(said))
 
 
 def _called(measure: str) -> str:

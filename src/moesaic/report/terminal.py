@@ -14,7 +14,7 @@ from rich.text import Text
 from moesaic.report import format as fmt
 from moesaic.report.columns import Quality
 from moesaic.report.front import cell_label
-from moesaic.report.pays_terminal import pays_tables
+from moesaic.report.pays_terminal import pays_tables, unpaired
 from moesaic.report.results import Results
 from moesaic.report.summary import CELL_KEYS, deployed, failures, in_reading_order
 from moesaic.report.write import ReportFiles
@@ -31,6 +31,8 @@ def print_results(console: Console, results: Results) -> None:
     """Print one table per setting, whether routing pays, then what failed and what was skipped."""
     for table in [*results_tables(results, width=console.width), *pays_tables(results.pays, width=console.width)]:
         console.print(table)
+    for reason in unpaired(results.pays):
+        console.print(f"no static slice beside {reason}", style="yellow", markup=False)
     for row in failures(results.runs.table).to_dict("records"):
         name = f"{row['label']} {fmt.budget('', row['budget'])} ({row['arm']}, seed {row['seed']})"
         console.print(f"failed: {name}: {row['failure_reason']}", style="yellow", markup=False)
