@@ -20,7 +20,7 @@ from moesaic.sparse.layer import sparse_layers
 from moesaic.sparse.levels import Levels, Nested, between, level_blocks, level_members, level_routing, level_table
 from moesaic.sparse.routing import Routing
 from moesaic.sparse.score import JointScoreModule, RandomScore, Score, ScoreModule
-from moesaic.sparse.select import RoutingContext, Selection
+from moesaic.sparse.select import AllBlocks, RoutingContext, Selection
 from moesaic.sparse.trace import RoutingRecord, observe_routing
 
 __all__ = ["HistogramLevels", "HistogramRouters", "level_histograms"]
@@ -107,11 +107,13 @@ class _HistogramModule(JointScoreModule):
     def route(
         self, x_TD: Tensor, experts: Experts, select: Selection, context: RoutingContext
     ) -> tuple[Routing, Tensor]:
+        logits_TE = self(x_TD, experts)
+        if isinstance(select, AllBlocks):
+            return select(logits_TE, context), logits_TE
         if not isinstance(select, Nested) or select.mean_share is None:
             raise ValueError(f"HistogramLevels follows the budget of Nested, but select is {select}.")
         below, above, part = between(self.config.shares, select.mean_share)
         edges_E = torch.lerp(self.frequency_KE[below], self.frequency_KE[above], part).cumsum(0)
-        logits_TE = self(x_TD, experts)
         level_T = (logits_TE[:, :1] >= edges_E[:-1]).sum(dim=1)
         members_EB = level_members(level_blocks(self.config.levels, context.num_blocks), device=x_TD.device)
         return level_routing(level_T, members_EB), logits_TE
