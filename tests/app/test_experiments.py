@@ -114,3 +114,13 @@ def test_an_allocation_keeps_the_mean_share_and_moves_it_between_layers(method, 
 def test_an_allocation_needs_budgets_that_are_shares(overrides):
     with pytest.raises(ConfigError, match=r"method\.allocate: the budgets of static_depth .* are no active shares"):
         run([*overrides, "method=static_depth", "+method/allocate=greedy"])
+
+
+@pytest.mark.parametrize("method", ["dense", "static_slice", "factorllm"])
+def test_cett_stands_beside_dense_and_adapted_points(method, overrides):
+    cett = "++evaluate.cett={increases_pct:[1],fit_tokens:128,report_tokens:128}"
+    _, record = run([*overrides, cett, f"method={method}"])
+    for point in record["points"]:
+        found = point["cett"]
+        assert (set(found) == {"1"}) == (point["arm"] in ("adapted", "dense"))
+        assert all(0 <= value["sparsity"] <= 1 for value in found.values())

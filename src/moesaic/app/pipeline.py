@@ -239,6 +239,7 @@ def _measured(
         cost=rec.Cost(**cost),
         speed=[strict_object(rec.Speed, cell) for cell in speed],
         routing=rec.RoutingUse(**result["routing"]) if result.get("routing") else None,
+        cett=result.get("cett", {}),
         failure=None if untimed is None else rec.Failure(reason=untimed.reason, message=untimed.message),
     )
 

@@ -25,6 +25,7 @@ from moesaic.bench.worker import run_fresh
 from moesaic.data.corpus import Corpus, Split
 from moesaic.data.tokenizer import train_bpe
 from moesaic.data.tokens import TokenSplit, tokenise
+from moesaic.evaluate.cett import as_one_block, cett_sparsity
 from moesaic.evaluate.harness import run_tasks
 from moesaic.evaluate.perplexity import perplexity
 from moesaic.methods.allocate import AllocationJob
@@ -254,7 +255,8 @@ def evaluate(
     `matched` is the evaluation of the adapted model whose active shares a control is given.
     """
     method, settings = config.method, config.evaluate
-    tasks = settings.tasks if arm in ("adapted", "dense") else {}
+    whole = arm in ("adapted", "dense")  # controls get perplexity alone
+    tasks, cett = (settings.tasks, settings.cett) if whole else ({}, None)
 
     def compute(folder: Path, parents: Folders) -> None:
         net, tokenizer = load_any(parents[0])
@@ -296,9 +298,17 @@ def evaluate(
             result["protocol"]["tasks"] = {name: answer.protocol for name, answer in answers.items()}
             rows = [row for answer in answers.values() for row in answer.rows()]
         pd.DataFrame(rows).to_parquet(folder / ITEMS_FILE)
+        if cett is not None and not channels.active_frac():
+            probed = net if sparse_layers(net) else as_one_block(net, pattern)
+            with ProgressLine(f"cett {label}", None) as line:
+                result["cett"] = cett_sparsity(
+                    probed, split, cett, context=settings.perplexity.context, progress=lambda done, _: line.update(done)
+                )
         write_json_atomic(folder / QUALITY_FILE, result)
 
     counted: dict[str, Any] = {"arm": arm, "budget": budget, "perplexity": settings.perplexity, "tasks": tasks}
+    if cett is not None:
+        counted["cett"] = cett
     if tasks:
         counted |= {"batch_size": settings.batch_size, "limit": settings.limit}
     if isinstance(method, SparseMethod) and arm != "dense":

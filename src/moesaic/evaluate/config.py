@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from moesaic.evaluate.cett import CettConfig
 from moesaic.evaluate.perplexity import PerplexityConfig
 from moesaic.evaluate.tasks.base import TaskSpec
 
@@ -14,13 +15,15 @@ __all__ = ["EvaluateConfig"]
 class EvaluateConfig:
     """Perplexity on the held-out split, and tasks, named by their keys.
 
-    `batch_size` and `limit` (items per task, None: all) are lm-eval's.
+    `batch_size` and `limit` (items per task, None: all) are lm-eval's. `cett`: how many neurons could be left out at a
+    set price in perplexity (None: not measured; causal language models only).
     """
 
     perplexity: PerplexityConfig
     tasks: dict[str, TaskSpec] = field(default_factory=dict)
     batch_size: int = 32
     limit: int | None = None
+    cett: CettConfig | None = None
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "limit"):

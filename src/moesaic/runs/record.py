@@ -226,7 +226,11 @@ class Failure:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Point:
-    """One arm at one budget. What could not be measured is None, and `failure` says why."""
+    """One arm at one budget. What could not be measured is None, and `failure` says why.
+
+    `cett` is by allowed increase of perplexity in %: the share of FFN neurons that could be left out, and the increase
+    that was measured then (see `evaluate.cett`).
+    """
 
     arm: Arm
     budget: float | None
@@ -236,6 +240,7 @@ class Point:
     cost: Cost | None = None
     speed: list[Speed] = field(default_factory=list)
     routing: RoutingUse | None = None
+    cett: dict[str, dict[str, float]] = field(default_factory=dict)
     failure: Failure | None = None
 
     def __post_init__(self) -> None:
