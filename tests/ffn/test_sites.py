@@ -14,7 +14,7 @@ from moesaic.ffn.families import FFNPattern
 from moesaic.ffn.sites import (
     UnknownFFNError,
     capture_inputs,
-    capture_output_gradients,
+    capture_outputs,
     capture_preactivations,
     find_ffns,
 )
@@ -268,17 +268,19 @@ def test_preactivations_are_what_the_activation_is_given_and_carry_gradients(fam
 
 
 @pytest.mark.parametrize("family", TOY_FAMILIES)
-def test_output_gradients_give_the_gradient_of_every_down_matrix(family: str) -> None:
-    """dL/ddown = h^T g, so both the hidden activations and the captured g must be those of the model."""
+def test_outputs_are_the_ffns_and_their_gradients_give_that_of_every_down_matrix(family: str) -> None:
+    """dL/ddown = h^T dL/dy, so what is captured must be what the rest of the model is given."""
     model = tiny_model(family)
     sites = find_ffns(model)
-    x, g = {}, {}
-    with capture_inputs(sites, x.__setitem__), capture_output_gradients(sites, g.__setitem__):
+    x, y = {}, {}
+    with capture_inputs(sites, x.__setitem__), capture_outputs(sites, y.__setitem__):
         loss = model(**inputs(family)).logits.square().mean()
+    gradients = torch.autograd.grad(loss, list(y.values()), retain_graph=True)
     loss.backward()
-    for site in sites:
+    for site, gradient in zip(sites, gradients, strict=True):
         ffn = site.read()
-        h_TF, g_TD = ffn.hidden(x[site.index]).flatten(0, -2), g[site.index].flatten(0, -2)
+        torch.testing.assert_close(y[site.index], ffn(x[site.index]), rtol=0, atol=1e-6)
+        h_TF, g_TD = ffn.hidden(x[site.index]).flatten(0, -2), gradient.flatten(0, -2)
         weight = site.down_module.weight
         down_grad_FD = weight.grad if weight.shape == ffn.down_FD.shape else weight.grad.mT
         torch.testing.assert_close(h_TF.mT @ g_TD, down_grad_FD, rtol=1e-4, atol=1e-7)
@@ -289,7 +291,7 @@ def test_hooks_are_gone_after_the_scope() -> None:
     sites, seen = find_ffns(model), []
     with (
         capture_preactivations(sites, lambda index, _: seen.append(index)),
-        capture_output_gradients(sites, lambda index, _: seen.append(index)),
+        capture_outputs(sites, lambda index, _: seen.append(index)),
     ):
         pass
     model(**inputs("llama")).logits.mean().backward()

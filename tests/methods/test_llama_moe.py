@@ -1,5 +1,7 @@
 """LLaMA-MoE: what the combination does at the start, what trains the router, and the balance loss in place."""
 
+from dataclasses import fields
+
 import pytest
 import torch
 from methods.toy import ids_NC, toy_conversion, toy_job, weights
@@ -7,10 +9,11 @@ from torch import Tensor
 
 from moesaic.methods.base import SparseMethod, select_blocks
 from moesaic.methods.controls import apply_arm
-from moesaic.methods.llama_moe import BalancedFinetune, BalancedTraining, balance_loss
+from moesaic.methods.llama_moe import BalancedFinetune, BalancedTraining, LlamaMoE, balance_loss
 from moesaic.methods.lm import task_loss
 from moesaic.sparse.balance import load, squared_variation
 from moesaic.sparse.combine import Combine
+from moesaic.sparse.gradient import Gradient
 from moesaic.sparse.layer import sparse_layers
 from moesaic.sparse.noisy import Noisy
 from moesaic.sparse.partition import Random
@@ -196,3 +199,25 @@ def test_balance_without_a_fixed_k_is_refused(tmp_path, select):
     select_blocks(model, select)
     with pytest.raises(ValueError, match=rf"balance_weight=0.01.*is {type(select).__name__}.*Set balance_weight: 0"):
         BalancedFinetune(fit=FIT).run(toy_job(model, calibration, tmp_path / "fit"))
+
+
+def gradient_method(always: int = 0) -> LlamaMoE:
+    settings = {field.name: getattr(method(), field.name) for field in fields(SparseMethod)}
+    partition = Gradient(num_blocks=NUM_BLOCKS, always=always)
+    return LlamaMoE(**{**settings, "partition": partition, "select": TopK(k=3, always=always)})
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "gpt2"])
+def test_a_split_by_gradient_is_the_dense_model_and_differs_between_layers(tmp_path, family):
+    dense, model, _ = toy_conversion(gradient_method(2), tmp_path, family=family)
+    apply_arm(model, "all_blocks", gradient_method(2), 3, None, 0)
+    torch.testing.assert_close(model(ids_NC()).logits, dense(ids_NC()).logits, atol=1e-5, rtol=1e-4)
+    first, second = (layer.experts.neuron_F for layer in sparse_layers(model))
+    assert not torch.equal(first, second)
+
+
+def test_other_splits_are_those_of_every_sparse_method(tmp_path):
+    settings = {field.name: getattr(method(), field.name) for field in fields(SparseMethod)}
+    _, own, _ = toy_conversion(LlamaMoE(**settings), tmp_path / "own")
+    _, plain, _ = toy_conversion(method(), tmp_path / "plain")
+    assert all(torch.equal(value, plain.state_dict()[name]) for name, value in weights(own).items())

@@ -24,7 +24,7 @@ __all__ = [
     "FFNSite",
     "UnknownFFNError",
     "capture_inputs",
-    "capture_output_gradients",
+    "capture_outputs",
     "capture_preactivations",
     "find_ffns",
 ]
@@ -203,17 +203,14 @@ def capture_preactivations(sites: Sequence[FFNSite], callback: Callable[[int, Te
 
 
 @contextmanager
-def capture_output_gradients(sites: Sequence[FFNSite], callback: Callable[[int, Tensor], None]) -> Iterator[None]:
-    """While open, each dense site's output (..., D) calls `callback(site.index, dL/doutput)` in the backward pass.
+def capture_outputs(sites: Sequence[FFNSite], callback: Callable[[int, Tensor], None]) -> Iterator[None]:
+    """While open, `callback(site.index, y)` runs on each forward of each dense site with its output y (..., D).
 
-    The forward has to be in the scope; the backward may come later.
+    Gradients are attached. The output is that of the down layer, before the model's own dropout.
     """
 
     def listener(index: int) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
-        def hook(_module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> None:
-            output.register_hook(lambda gradient: callback(index, gradient))
-
-        return hook
+        return lambda _module, _args, output: callback(index, output)
 
     with _removed([site.down_module.register_forward_hook(listener(site.index)) for site in sites]):
         yield

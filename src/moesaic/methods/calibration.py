@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,10 +21,10 @@ from transformers import PreTrainedModel
 from moesaic.data.objective import forward, objective_of
 from moesaic.data.tokens import TokenSplit
 from moesaic.ffn.families import FFNPattern
-from moesaic.ffn.sites import capture_inputs, find_ffns
+from moesaic.ffn.sites import FFNSite, capture_inputs, capture_outputs, find_ffns
 from moesaic.training.loader import Batch, take_rows
 
-__all__ = ["Calibration", "calibrate"]
+__all__ = ["Calibration", "calibrate", "output_gradients"]
 
 _WINDOWS, _WINDOW_OF_ROW = "windows.safetensors", "window_T"
 
@@ -118,8 +119,28 @@ def calibrate(
     return Calibration.load(folder)
 
 
+def output_gradients(
+    model: PreTrainedModel, sites: Sequence[FFNSite], calibration: Calibration, *, batch_size: int = 8
+) -> list[Tensor]:
+    """For each FFN of the dense model, dL/dy (T, D) of its outputs y, in the order of the rows of `inputs_TD`.
+
+    L is the loss of the model's objective, a mean over a window and a sum over windows.
+    """
+    seen: list[list[Tensor]] = [[] for _ in sites]
+    model.eval()
+    for first in range(0, calibration.num_windows, batch_size):
+        batch = calibration.windows(first, first + batch_size)
+        outputs: dict[int, Tensor] = {}
+        with torch.enable_grad(), capture_outputs(sites, outputs.__setitem__):
+            loss = forward(model, {"labels": batch["input_ids"], **batch}).loss * len(batch["input_ids"])
+        gradients = torch.autograd.grad(loss, [outputs[site.index] for site in sites])
+        for index, gradient in enumerate(gradients):
+            keep_rows(seen, batch.get("attention_mask"), index, gradient)
+    return [torch.cat(parts) for parts in seen]
+
+
 def keep_rows(seen: list[list[Tensor]], kept_NC: Tensor | None, index: int, x: Tensor) -> None:
-    """Add the input `x` (N, C, D) of FFN `index` to what it has seen."""
+    """Add the rows `x` (N, C, D) of FFN `index` to what it has seen."""
     seen[index].append(flat_rows(x, kept_NC))
 
 

@@ -8,26 +8,63 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.utilities.types import OptimizerLRScheduler
-from torch import Tensor
+from torch import Generator, Tensor
 from torch.nn import Parameter
 from transformers import PreTrainedModel
 
-from moesaic.methods.base import AdaptJob, Phase
+from moesaic.ffn.dense import DenseFFN
+from moesaic.ffn.sites import find_ffns
+from moesaic.methods.base import AdaptJob, ConvertJob, Phase, SparseMethod, layer_generator
+from moesaic.methods.calibration import output_gradients
 from moesaic.methods.lm import Part, fit_language_model, task_loss, train_only
 from moesaic.sparse.balance import load, selected_softmax, squared_variation
 from moesaic.sparse.layer import RoutingRecord, SparseFFN, sparse_layers
+from moesaic.sparse.model import convert_model
 from moesaic.sparse.noisy import NoisyModule
+from moesaic.sparse.partition import Partition
 from moesaic.sparse.select import TopK
+from moesaic.sparse.stats import NeuronStats
 from moesaic.sparse.trace import record_routing
 from moesaic.training.fit import FitConfig, optimizer_of
 
-__all__ = ["BalancedFinetune", "BalancedTraining", "balance_loss"]
+__all__ = ["BalancedFinetune", "BalancedTraining", "LlamaMoE", "balance_loss"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LlamaMoE(SparseMethod):
+    """A sparse method whose partition may ask for the gradient of the loss at every FFN of the dense model."""
+
+    def convert(self, job: ConvertJob) -> PreTrainedModel:
+        """As every sparse method; with such a partition, after one backward pass through the calibration windows."""
+        calibration = job.calibration
+        if not self.partition.needs_gradients or calibration is None:
+            return SparseMethod.convert(self, job)
+        sites, layers = find_ffns(job.model, job.pattern), []
+        gradients = output_gradients(job.model, sites, calibration)
+        for site, gradient_TD in zip(sites, gradients, strict=True):
+            ffn, inputs_TD = site.read(), calibration.inputs_TD(site.index)
+            stats = NeuronStats(ffn, inputs_TD, calibration.window_T(), gradient_TD)
+            block_F = self.partition.labels(ffn, stats, generator=layer_generator(job.seed, site.index))
+            cut = replace(self, partition=_Cut(num_blocks=self.partition.num_blocks, block_F=block_F))
+            layers.append(cut._layer(ffn, inputs_TD, layer_generator(job.seed, site.index)))
+            site.release()
+        return convert_model(job.model, layers, job.pattern)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class _Cut(Partition):
+    """A cut that was made already."""
+
+    block_F: Tensor
+
+    def cut(self, ffn: DenseFFN, stats: NeuronStats | None, *, generator: Generator) -> Tensor:
+        return self.block_F
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -17,7 +17,15 @@ import torch
 import torch.nn.functional as nnf
 from torch import Generator, Tensor
 
-__all__ = ["BalancedClusters", "balanced_assignment", "balanced_kmeans", "constrained_kmeans", "inertia", "unit_rows"]
+__all__ = [
+    "BalancedClusters",
+    "balanced_assignment",
+    "balanced_kmeans",
+    "constrained_kmeans",
+    "inertia",
+    "kmeans",
+    "unit_rows",
+]
 
 FloatArray = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int64]
@@ -48,6 +56,13 @@ def inertia(point_FD: Tensor, block_F: Tensor, num_blocks: int) -> float:
     mean_BD = _means(point_FD, block_F, num_blocks)
     size = len(point_FD) // num_blocks
     return (_sum_of_squares(point_FD) - size * _sum_of_squares(mean_BD)).item()
+
+
+@torch.no_grad()
+def kmeans(point_FD: Tensor, num_clusters: int, *, generator: Generator) -> Tensor:
+    """int64 (F,): clusters of any size, 0 included, by k-means++ and Lloyd's rounds."""
+    point_FD = point_FD.float()
+    return _cost(point_FD, _lloyd(point_FD, _spread_centroids(point_FD, num_clusters, generator))).argmin(dim=1)
 
 
 @torch.no_grad()

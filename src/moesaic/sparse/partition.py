@@ -40,6 +40,7 @@ class Partition(ABC):
     num_blocks: int
 
     needs_stats: ClassVar[bool] = False  # True: `labels` must be given NeuronStats, so calibration has to run first
+    needs_gradients: ClassVar[bool] = False  # True: those NeuronStats must have `gradient_TD` and `window_T`
 
     def __post_init__(self) -> None:
         if self.num_blocks < 1:
@@ -56,11 +57,16 @@ class Partition(ABC):
     def labels(self, ffn: DenseFFN, stats: NeuronStats | None, *, generator: Generator) -> Tensor:
         """int64 (F,) on the CPU: the block of each neuron, every block equally often; equal generators cut equally.
 
-        Raises ValueError if the width does not fit, or if the partition needs `stats` and got None.
+        Raises ValueError if the width does not fit, or if the partition needs `stats` (with gradients) and got none.
         """
         self.check_width(ffn.width)
         if self.needs_stats and stats is None:
             raise ValueError(f"{type(self).__name__} needs calibration inputs: set calibration_tokens above 0.")
+        if self.needs_gradients and (stats is None or stats.gradient_TD is None):
+            raise ValueError(
+                f"{type(self).__name__} needs the loss gradient at each FFN, which this method does not compute. "
+                "Use method._target_=moesaic.methods.llama_moe.LlamaMoE, or another partition."
+            )
         block_F = self.cut(ffn, stats, generator=generator).cpu()
         num_blocks = self.for_width(ffn.width).num_blocks
         counts_B = torch.bincount(block_F, minlength=num_blocks)

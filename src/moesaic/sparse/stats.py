@@ -1,7 +1,7 @@
 """What the neurons of a dense FFN do on calibration inputs: means and co-activation, computed chunk by chunk.
 
 Source: arXiv:2110.01786 sec. 3.2 (co-activation graph). Differs: |h| stands for h, so that gated FFNs count too.
-Shapes: T tokens, D model dim, F neurons, B blocks, S neurons per block.
+Shapes: T tokens, D model dim, F neurons, B blocks, S neurons per block, C groups of tokens.
 """
 
 from __future__ import annotations
@@ -23,10 +23,16 @@ _COUNTED_TOKENS = 8  # tokens whose products are summed before the released code
 
 @dataclass(frozen=True, slots=True, eq=False)
 class NeuronStats:
-    """Statistics of the hidden activations h of `ffn` on calibration inputs `x_TD`; each call runs over all of them."""
+    """Statistics of the hidden activations h of `ffn` on calibration inputs `x_TD`; each call runs over all of them.
+
+    `window_T` is the window of text that each input came from; `gradient_TD` is dL/dy of the FFN's outputs. Both are
+    None where nobody needs them.
+    """
 
     ffn: DenseFFN
     x_TD: Tensor
+    window_T: Tensor | None = None
+    gradient_TD: Tensor | None = None
 
     def __post_init__(self) -> None:
         if not len(self.x_TD):
@@ -43,6 +49,20 @@ class NeuronStats:
     def mean_abs_output(self) -> Tensor:
         """float32 (F,): mean of |h_i| times the length of the neuron's down row: the size of what it adds."""
         return self.mean_abs() * self.ffn.down_FD.detach().float().norm(dim=1)
+
+    def gradient_importance(self, group_T: Tensor, num_groups: int) -> Tensor:
+        """float32 (C, F): mean over the tokens of each of C groups of |h_i dL/dh_i|; 0 for a group without tokens.
+
+        By how much the loss would change, to first order, if the neuron were taken away. Source: arXiv:2406.16554.
+        """
+        assert self.gradient_TD is not None
+        total_CF = torch.zeros(num_groups, self.ffn.width, device=self.ffn.up_FD.device)
+        gradients = self.gradient_TD.split(_CHUNK_TOKENS)
+        groups = group_T.to(total_CF.device).split(_CHUNK_TOKENS)
+        for h_TF, g_TD, chunk_T in zip(hidden_chunks(self.ffn, self.x_TD), gradients, groups, strict=True):
+            down_FD = self.ffn.down_FD.detach().float()
+            total_CF.index_add_(0, chunk_T, (h_TF * (g_TD.to(down_FD) @ down_FD.mT)).abs())
+        return total_CF / torch.bincount(group_T, minlength=num_groups).clamp(min=1)[:, None].to(total_CF)
 
     def coactivation(self) -> Tensor:
         """float32 (F, F), symmetric and >= 0: sum over the tokens of |h_i| |h_j|."""
