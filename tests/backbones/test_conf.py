@@ -7,17 +7,27 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from moesaic.backbones.base import Backbone
+from moesaic.backbones.base import Backbone, BackboneError
+from moesaic.backbones.classifier import Classifier
 from moesaic.backbones.pretrain import PretrainHere
 from moesaic.backbones.pretrained import Pretrained
 from moesaic.config.strict import ConfigError, strict_object
+from moesaic.data.objective import positions_of
 from moesaic.ffn.families import FFNPattern
 from moesaic.ffn.sites import find_ffns
 
 CONF = Path(__file__).parents[2] / "conf"
 NAMES = sorted(path.stem for path in (CONF / "backbone").glob("*.yaml"))
 MANDATORY = {"hf": ["backbone.path=org/model"], "llama2c": ["backbone.checkpoint=a.bin", "backbone.tokenizer=t.bin"]}
-PRETRAINED_HERE = {"gpt2_gelu": "gelu_new", "llama_relu": "relu", "llama_swiglu": "silu", "opt_relu": "relu"}
+GIVEN = {"roberta_classifier": ["+data.labels=[no,yes]"]}  # by the corpus
+PRETRAINED_HERE = {
+    "gpt2_gelu": "gelu_new",
+    "llama_relu": "relu",
+    "llama_swiglu": "silu",
+    "opt_relu": "relu",
+    "roberta_gelu": "gelu",
+    "t5_relu": "relu",
+}
 
 
 def composed(name: str, *overrides: str) -> dict[str, Any]:
@@ -27,7 +37,8 @@ def composed(name: str, *overrides: str) -> dict[str, Any]:
 
 
 def backbone(name: str, *overrides: str) -> Backbone:
-    return strict_object(Backbone, composed(name, *overrides, *MANDATORY.get(name, [])), "backbone")
+    given = [*MANDATORY.get(name, []), *GIVEN.get(name, [])]
+    return strict_object(Backbone, composed(name, *overrides, *given), "backbone")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -60,6 +71,23 @@ def test_issue_names_are_all_there() -> None:
     assert set(auto.values()) == {"causal_lm"}
 
 
+def test_a_classifier_takes_its_classes_from_the_corpus_and_its_encoder_from_the_group() -> None:
+    here, elsewhere = (
+        backbone("roberta_classifier"),
+        backbone("roberta_classifier", "backbone@backbone.encoder=roberta-base"),
+    )
+    assert isinstance(here, Classifier)
+    assert isinstance(elsewhere, Classifier)
+    assert (here.labels, here.encoder) == (("no", "yes"), backbone("roberta_gelu"))
+    assert elsewhere.encoder == backbone("roberta-base")
+    model = here.skeleton()
+    assert type(model).__name__ == "RobertaForSequenceClassification"
+    assert model.config.id2label == {0: "no", 1: "yes"}
+    with pytest.raises(BackboneError, match="is a GPT2LMHeadModel: a classifier is made from a masked language model"):
+        backbone("roberta_classifier", "backbone@backbone.encoder=gpt2_gelu").skeleton()
+    assert positions_of(model.config) == positions_of(backbone("gpt2_gelu").skeleton().config) == 256
+
+
 def test_own_family_is_described_in_yaml() -> None:
     ffn = "+backbone.ffn={module: 'stage.*.feed', up: into, down: out, activation: relu}"
     assert backbone("hf", ffn).ffn == FFNPattern(module="stage.*.feed", up="into", down="out", activation="relu")
@@ -75,6 +103,7 @@ def test_own_family_is_described_in_yaml() -> None:
         ("backbone.architecture.model_type=lama", "did you mean 'llama'"),
         ("backbone.architecture.model_type=bert_masked", "is no causal language model"),
         ("+backbone.architecture.vocab_size=8", "set vocab_size instead"),
+        ("+backbone.auto_class=masked_lm", r"'llama' is no masked language model .* backbone.auto_class says which"),
         ("backbone.context=0", "context=0 must be at least 1"),
     ],
 )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,26 +19,41 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+)
 
 from moesaic.backbones.base import BackboneError
 from moesaic.backbones.files import check_model_folder, folder_fingerprint
 
-__all__ = ["POINTER", "AutoClass", "DType", "ModelSource", "load_backbone"]
+__all__ = ["ARCHITECTURES", "AUTO", "POINTER", "AutoClass", "DType", "ModelSource", "load_backbone"]
 
 POINTER = "backbone.json"
-AutoClass = Literal["causal_lm", "masked_lm", "seq2seq"]
+AutoClass = Literal["causal_lm", "seq2seq", "masked_lm", "sequence_classification"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 
-_AUTO: dict[AutoClass, Any] = {
+AUTO: dict[AutoClass, Any] = {
     "causal_lm": AutoModelForCausalLM,
-    "masked_lm": AutoModelForMaskedLM,
     "seq2seq": AutoModelForSeq2SeqLM,
+    "masked_lm": AutoModelForMaskedLM,
+    "sequence_classification": AutoModelForSequenceClassification,
 }
+ARCHITECTURES: dict[AutoClass, Mapping[str, str]] = {
+    "causal_lm": MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    "seq2seq": MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+    "masked_lm": MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    "sequence_classification": MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+}
+"""The model classes of transformers by model type."""
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
@@ -78,7 +94,7 @@ class ModelSource:
         """The model on the meta device. Raises BackboneError as `config` does."""
         config = self.config()
         with torch.device("meta"):
-            return _AUTO[self.auto_class].from_config(config)
+            return AUTO[self.auto_class].from_config(config)
 
     def model(self) -> PreTrainedModel:
         """The model with its weights, in eval mode; peak memory is one copy of them.
@@ -87,7 +103,7 @@ class ModelSource:
         of the model without a value.
         """
         self._check_unchanged()
-        model, info = self._ask(_AUTO[self.auto_class], dtype=self.dtype, output_loading_info=True)
+        model, info = self._ask(AUTO[self.auto_class], dtype=self.dtype, output_loading_info=True)
         unset = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
         if unset:
             raise BackboneError(
@@ -136,10 +152,10 @@ class ModelSource:
 
     @classmethod
     def read(cls, folder: Path) -> ModelSource:
-        """The source that `folder` points at, or `folder` itself as a causal language model where it holds one."""
+        """The source that `folder` points at, or `folder` itself with the head that its config names."""
         pointer = folder / POINTER
         if not pointer.is_file():
-            return cls(path=str(folder))
+            return cls(path=str(folder), auto_class=_head_in(folder))
         try:
             return cls(**json.loads(pointer.read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError) as error:
@@ -155,6 +171,16 @@ def load_backbone(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBas
     if source.folder is not None:
         check_model_folder(source.folder)
     return source.model(), source.tokenizer()
+
+
+def _head_in(folder: Path) -> AutoClass:
+    """The kind of head that the model in `folder` was saved with; a causal one where its config does not say."""
+    config = folder / "config.json"
+    saved = json.loads(config.read_text(encoding="utf-8")).get("architectures") if config.is_file() else None
+    for auto_class, names in ARCHITECTURES.items():
+        if saved and saved[0] in names.values():
+            return auto_class
+    return "causal_lm"
 
 
 def _first_line(error: Exception) -> str:

@@ -34,6 +34,8 @@ __all__ = [
     "forward",
     "objective_of",
     "positions_of",
+    "stacked",
+    "task_loss",
 ]
 
 NOT_SCORED = -100  # the label of what counts in no loss, here and in transformers
@@ -254,6 +256,14 @@ def objective_of(model: PreTrainedModel, split: TokenSplit) -> Objective:
 def forward(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Any:
     """The output of `model` on a batch of its objective: the one forward call of training and calibration."""
     return model(**batch, use_cache=False)
+
+
+def task_loss(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Tensor:
+    """Mean cross-entropy in nats of a batch of the model's objective: what every recipe's task loss is.
+
+    A batch without labels is one of next tokens: causal models take their inputs as labels, and shift them.
+    """
+    return forward(model, {"labels": batch["input_ids"], **batch}).loss
 
 
 def positions_of(config: PreTrainedConfig) -> int | None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from transformers import PreTrainedModel
 
-from moesaic.data.objective import ObjectiveBatches, forward, objective_of
+from moesaic.data.objective import ObjectiveBatches, forward, objective_of, task_loss
 from moesaic.ffn.families import FFNPattern
 from moesaic.ffn.sites import find_ffns
 from moesaic.methods.base import AdaptJob, Phase
@@ -30,6 +30,7 @@ __all__ = [
     "adaptation_batches",
     "calibration_loss",
     "ffn_parameters",
+    "forward",
     "router_parameters",
     "task_loss",
     "train_only",
@@ -75,14 +76,6 @@ class LanguageModelling(pl.LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         return optimizer_of(self.trained, self.config)
-
-
-def task_loss(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
-    """Mean cross-entropy in nats of a batch of the model's objective: what every recipe's task loss is.
-
-    A batch without labels is one of next tokens: causal models take their inputs as labels, and shift them.
-    """
-    return forward(model, {"labels": batch["input_ids"], **batch}).loss
 
 
 @torch.no_grad()
