@@ -28,6 +28,8 @@ from moesaic.report.summary import CELL_KEYS, DENSE_METHODS
 __all__ = ["draw_fronts", "quality_axis", "visible_range"]
 
 _PANEL_INCHES = (4.9, 3.7)
+_WIDE_PANEL_INCHES = (6.6, 5.2)
+_CROWD = 8  # labels above which panels are wide and only points on the front are written at
 _LETTERS_PER_INCH = 11.5
 _MARGIN = 0.09  # of the values' span, beyond the outermost
 _LOG_SPAN = 4.0  # largest / smallest value above which a loss axis is logarithmic
@@ -43,7 +45,8 @@ def draw_fronts(candidates: pd.DataFrame, quality: Quality) -> Figure:
         if not rows:
             return empty_figure("No point has both a quality and a measured time.")
         columns = max(len(cells) for _, cells in rows)
-        width, height = _PANEL_INCHES
+        crowded = candidates["label"].nunique() > _CROWD
+        width, height = _WIDE_PANEL_INCHES if crowded else _PANEL_INCHES
         figure = Figure(figsize=(width * columns, height * len(rows) + 0.9), dpi=DPI, layout="constrained")
         styles = candidate_marks(candidates)
         several = candidates["setting"].nunique() > 1
@@ -59,7 +62,7 @@ def draw_fronts(candidates: pd.DataFrame, quality: Quality) -> Figure:
         FigureCanvasAgg(figure).draw()
         figure.set_layout_engine("none")
         for axes, points in panels:
-            _label_shares(axes, points)
+            _label_shares(axes, points, points[points["on_front"]] if crowded else points)
         return figure
 
 
@@ -192,15 +195,15 @@ _PLACES = (
 )
 
 
-def _label_shares(axes: Axes, points: pd.DataFrame) -> None:
-    """Write the active share beside each routed point, where there is room for it. The layout must be final."""
+def _label_shares(axes: Axes, points: pd.DataFrame, named: pd.DataFrame) -> None:
+    """Write the active share beside each routed point of `named`, clear of all `points`. The layout must be final."""
     rows = points.to_dict("records")
     positions = [axes.transData.transform((row["ratio"], row["value"])) for row in rows]
     ticks = [axes.transData.transform((row["ideal_ratio"], row["value"])) for row in rows]
     taken = [Bbox.from_bounds(x - 7, y - 7, 14, 14) for x, y in positions]
     taken += [Bbox.from_bounds(x - 2, y - 8, 4, 16) for x, y in ticks if x == x]
     taken += [_bar_box(axes, row, position) for row, position in zip(rows, positions, strict=True)]
-    for row in points[~points["method"].isin(DENSE_METHODS)].to_dict("records"):
+    for row in named[~named["method"].isin(DENSE_METHODS)].to_dict("records"):
         for dx, dy, across, up in _PLACES:
             note = axes.annotate(
                 fmt.percent(row["active_ffn_frac"], 0), (row["ratio"], row["value"]), xytext=(dx, dy),
