@@ -21,6 +21,9 @@ CONF = conf_folder()
 GIVEN = {
     ("backbone", "hf"): ["backbone.path=org/model"],
     ("backbone", "llama2c"): ["backbone.checkpoint=model.bin", "backbone.tokenizer=tok.bin"],
+    ("backbone", "roberta_classifier"): ["data=line_order"],
+    ("data", "acceptability"): ["data.folder=blimp"],
+    ("data", "labelled"): ["data.train=a.jsonl", "data.heldout=b.jsonl"],
     ("data", "novels"): ["data.train=a.jsonl", "data.heldout=b.jsonl"],
     ("data", "text"): ["data.train=a.txt", "data.heldout=b.txt"],
     ("evaluate", "blimp"): ["evaluate.tasks.blimp.folder=blimp"],

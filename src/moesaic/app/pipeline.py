@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import pandas as pd
+from transformers import PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from moesaic.app.plan import Plan, Point
@@ -16,6 +17,7 @@ from moesaic.app.stages import DOCUMENTS_FILE, FACTS_FILE, ITEMS_FILE, QUALITY_F
 from moesaic.config.errors import ConfigError
 from moesaic.config.identity import identity
 from moesaic.config.strict import strict_object
+from moesaic.data.objective import positions_of
 from moesaic.evaluate.items import items_from_rows, summarise
 from moesaic.ffn.sites import find_ffns
 from moesaic.runs import record as rec
@@ -23,6 +25,7 @@ from moesaic.runs.engine import StageFailedError, StageState, Store
 from moesaic.runs.environment import describe_environment
 from moesaic.runs.stage import Stage
 from moesaic.runs.status import utc_now
+from moesaic.sparse.model import head_of
 
 __all__ = ["check", "plan_experiment", "run_experiment"]
 
@@ -39,7 +42,8 @@ def check(config: MoesaicConfig) -> None:
             raise ConfigError(f"method.{error}") from error
     _check_allocation(config)
     config.evaluate.check()
-    positions = getattr(skeleton.config, "max_position_embeddings", None)
+    _check_objective(config, skeleton)
+    positions = positions_of(skeleton.config)
     if positions is not None:
         _check_lengths(config, positions)
 
@@ -55,6 +59,34 @@ def _check_allocation(config: MoesaicConfig) -> None:
         )
     if not method.calibration_tokens:
         raise ConfigError("method.allocate needs calibration inputs: set method.calibration_tokens above 0.")
+
+
+def _check_objective(config: MoesaicConfig, skeleton: PreTrainedModel) -> None:
+    """What is for causal models only, or for classifications only."""
+    try:
+        head = head_of(skeleton)
+    except ValueError as error:
+        raise ConfigError(f"backbone: {error}") from error
+    if head == "causal_lm":
+        return
+    if head == "sequence_classification" and not hasattr(config.data, "labels"):
+        raise ConfigError(
+            f"data={config.data.name} has no labels, but backbone={config.backbone.name} is a classifier. "
+            "Use data=line_order, labelled or acceptability."
+        )
+    if head == "seq2seq_lm" and config.adapt.context % 2:
+        raise ConfigError(f"adapt.context={config.adapt.context} has no equal halves for encoder and decoder.")
+    unfit = {
+        "evaluate.tasks": bool(config.evaluate.tasks),
+        "evaluate.cett": config.evaluate.cett is not None,
+        "bench.phases": bool(config.bench.phases),
+    }
+    if any(unfit.values()):
+        raise ConfigError(
+            f"{', '.join(name for name, wanted in unfit.items() if wanted)}: backbone={config.backbone.name} is a "
+            f"{type(skeleton).__name__}, and only causal language models answer lm-eval's questions and have a prefill "
+            "and a decode to time. Add evaluate=loss bench=none."
+        )
 
 
 def _check_lengths(config: MoesaicConfig, positions: int) -> None:

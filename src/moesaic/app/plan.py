@@ -8,6 +8,7 @@ from functools import cache, cached_property
 
 from moesaic.app import stages
 from moesaic.app.schema import MoesaicConfig
+from moesaic.backbones.classifier import Classifier
 from moesaic.backbones.pretrain import PretrainHere
 from moesaic.config.identity import identity
 from moesaic.data.corpus import Split
@@ -37,9 +38,12 @@ class Plan:
 
     @cached_property
     def tokenizer(self) -> Stage | None:
-        """Trained on the corpus where the backbone is pretrained here; other backbones bring their own."""
+        """What holds the tokenizer where the backbone is trained here: one of the corpus, or a given encoder's own."""
         backbone = self.config.backbone
-        return stages.train_tokenizer(self.config.data, backbone) if isinstance(backbone, PretrainHere) else None
+        start = backbone.encoder if isinstance(backbone, Classifier) else backbone
+        if isinstance(start, PretrainHere):
+            return stages.train_tokenizer(self.config.data, start)
+        return None if start is backbone else stages.fetch_backbone(start)
 
     @cache  # noqa: B019  (a plan lives as long as its experiment)
     def tokens(self, split: Split) -> Stage:

@@ -27,6 +27,7 @@ from moesaic.data.tokenizer import train_bpe
 from moesaic.data.tokens import TokenSplit, tokenise
 from moesaic.evaluate.cett import as_one_block, cett_sparsity
 from moesaic.evaluate.harness import run_tasks
+from moesaic.evaluate.items import summarise
 from moesaic.evaluate.perplexity import perplexity
 from moesaic.methods.allocate import AllocationJob
 from moesaic.methods.base import AdaptJob, ConvertJob, Phase, SparseMethod, select_blocks
@@ -67,12 +68,13 @@ Folders = tuple[Path, ...]
 
 def train_tokenizer(corpus: Corpus, backbone: PretrainHere) -> Stage:
     """A byte-level BPE of the training split."""
+    masks = backbone.auto_class == "masked_lm"
 
     def compute(folder: Path, _: Folders) -> None:
         texts = (document.text for document in corpus.documents("train"))
-        train_bpe(texts, backbone.vocab_size).save_pretrained(folder)
+        train_bpe(texts, backbone.vocab_size, masks=masks).save_pretrained(folder)
 
-    config = {"corpus": corpus, "content": corpus.fingerprint(), "vocab_size": backbone.vocab_size}
+    config = {"corpus": corpus, "content": corpus.fingerprint(), "vocab_size": backbone.vocab_size, "masks": masks}
     return Stage(name="tokenizer", label=corpus.name, config=config, compute=compute)
 
 
@@ -281,6 +283,9 @@ def evaluate(
         result["quality"], result["protocol"] = loss.summary(), {"perplexity": loss.protocol}
         pd.DataFrame(loss.rows()).to_parquet(folder / DOCUMENTS_FILE)
         rows: list[dict[str, Any]] = []
+        if loss.items:  # a classifier's, which has no other tasks
+            result["tasks"] = {config.data.name: summarise(loss.items)}
+            rows = [{"task": config.data.name, **item.row()} for item in loss.items]
         if tasks:
             documents = list(config.data.documents("heldout"))
             with ProgressLine(f"lm-eval {label}", None, unit="requests") as line:
