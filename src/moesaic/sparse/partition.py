@@ -163,16 +163,17 @@ class Importance(Partition):
     """Blocks in falling importance, so that blocks 0..e are the most important neurons of that width.
 
     `criterion` mean_abs is the mean of |h| on calibration tokens, mean_abs_output the same times the length of the
-    neuron's down row. Ties keep the dense model's order.
+    neuron's down row, mean_abs_input the mean of |x . w| of the first linear layer alone (the gate of a gated FFN).
+    Ties keep the dense model's order. Source of mean_abs_input: arXiv:2511.16664 eq. 2.
     """
 
-    criterion: Literal["mean_abs", "mean_abs_output"] = "mean_abs"
+    criterion: Literal["mean_abs", "mean_abs_output", "mean_abs_input"] = "mean_abs"
 
     needs_stats: ClassVar[bool] = True
 
     def cut(self, ffn: DenseFFN, stats: NeuronStats | None, *, generator: Generator) -> Tensor:
         assert stats is not None
-        importance_F = stats.mean_abs() if self.criterion == "mean_abs" else stats.mean_abs_output()
+        importance_F = getattr(stats, self.criterion)()
         return _blocks_of_order(importance_F.cpu().argsort(descending=True, stable=True), self.num_blocks)
 
 

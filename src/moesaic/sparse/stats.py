@@ -64,6 +64,14 @@ class NeuronStats:
             total_CF.index_add_(0, chunk_T, (h_TF * (g_TD.to(down_FD) @ down_FD.mT)).abs())
         return total_CF / torch.bincount(group_T, minlength=num_groups).clamp(min=1)[:, None].to(total_CF)
 
+    def mean_abs_input(self) -> Tensor:
+        """float32 (F,): mean of |x . w| over the tokens, w the neuron's row of the first linear layer, bias left out."""
+        first_FD = self.ffn.up_FD if self.ffn.gate_FD is None else self.ffn.gate_FD
+        total_F = torch.zeros(self.ffn.width, dtype=torch.float64, device=first_FD.device)
+        for x_tD in self.x_TD.split(_CHUNK_TOKENS):
+            total_F += (x_tD.to(first_FD) @ first_FD.detach().mT).float().abs().sum(0, dtype=torch.float64)
+        return (total_F / len(self.x_TD)).float()
+
     def coactivation(self) -> Tensor:
         """float32 (F, F), symmetric and >= 0: sum over the tokens of |h_i| |h_j|."""
         total_FF = torch.zeros(self.ffn.width, self.ffn.width, device=self.ffn.up_FD.device)
