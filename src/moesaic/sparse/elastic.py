@@ -217,10 +217,13 @@ class _BudgetedLevelMLPModule(JointScoreModule):
     def route(
         self, x_TD: Tensor, experts: Experts, select: Selection, context: RoutingContext
     ) -> tuple[Routing, Tensor]:
-        if not isinstance(select, ElasticRule) or select.trained_budgets != self.config.trained_budgets:
+        if not isinstance(select, ElasticRule):  # a control, or a slice: whatever it runs, it asks for no budget
+            logits_TE = self(x_TD, experts)
+            return select(logits_TE, context), logits_TE
+        if select.trained_budgets != self.config.trained_budgets:
             raise ValueError(
-                f"score.trained_budgets={list(self.config.trained_budgets)} needs a selection by budget that was "
-                f"trained at the same ones, but select is {select}. Use TokenLevels with equal trained_budgets."
+                f"score.trained_budgets={list(self.config.trained_budgets)} differ from select.trained_budgets="
+                f"{list(select.trained_budgets)}. Give both the same."
             )
         logits_TE = self.logits_at(x_TD, select.budget)
         return select(logits_TE, context), logits_TE
