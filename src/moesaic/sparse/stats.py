@@ -65,7 +65,7 @@ class NeuronStats:
         return total_CF / torch.bincount(group_T, minlength=num_groups).clamp(min=1)[:, None].to(total_CF)
 
     def mean_abs_input(self) -> Tensor:
-        """float32 (F,): mean of |x . w| over the tokens, w the neuron's row of the first linear layer, bias left out."""
+        """float32 (F,): mean of |x . w|, w the neuron's row of the first linear layer; its bias is left out."""
         first_FD = self.ffn.up_FD if self.ffn.gate_FD is None else self.ffn.gate_FD
         total_F = torch.zeros(self.ffn.width, dtype=torch.float64, device=first_FD.device)
         for x_tD in self.x_TD.split(_CHUNK_TOKENS):
