@@ -46,7 +46,7 @@ def test_no_number_is_cut_off(tmp_path: Path, width: int) -> None:
 
 def test_records_without_times_still_print(tmp_path: Path) -> None:
     write_record(tmp_path, record("m", "synthetic-a", 0, [point("adapted", 8, 2.0, active=0.25)]))
-    assert any("nothing was timed" in line for line in _printed(tmp_path, 120))
+    assert any("Nothing was timed" in line for line in _printed(tmp_path, 120))
 
 
 def test_a_time_below_the_ideal_is_marked(tmp_path: Path) -> None:

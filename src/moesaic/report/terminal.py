@@ -144,11 +144,14 @@ def _speed_of(candidate: Mapping[str, Any] | None, narrow: bool) -> list[str | T
 
 def _caption(points: pd.DataFrame, candidates: pd.DataFrame, cells: list[dict[str, Any]]) -> str:
     fewest, most = points["seeds"].min(), points["seeds"].max()
-    timed = "; ".join(cell_label(*(cell[key] for key in CELL_KEYS)) for cell in cells) or "nothing was timed"
+    seeds = f"Seeds: {fewest if fewest == most else f'{fewest}-{most}'}."
+    if not cells:
+        return f"{seeds} Nothing was timed."
+    timed = "; ".join(cell_label(*(cell[key] for key in CELL_KEYS)) for cell in cells)
     beaten = (candidates["ratio_high"] < candidates["ideal_ratio"]).any()
     warning = f" {_BEATS_IDEAL} = wholly below the ideal: an error to explain." if beaten else ""
     return (
-        f"Seeds: {fewest if fewest == most else f'{fewest}-{most}'}. Timed: {timed}. Ratio = sparse time / dense time "
+        f"{seeds} Timed: {timed}. Ratio = sparse time / dense time "
         f"(below 1 is faster), with its 95 % interval; ideal = the cost model's ratio. {_ON_FRONT} = on the Pareto "
         f"front of quality and that ratio.{warning}"
     )
