@@ -142,6 +142,16 @@ def test_balance_of_a_collapsed_router_is_at_its_maximum_and_always_on_blocks_do
     assert balance_loss(layer, x_TD, logits_TB, active_TB, False).item() == pytest.approx(NUM_BLOCKS - 2)
 
 
+@pytest.mark.parametrize("always", [0, 2])
+def test_a_budget_without_routed_blocks_trains_and_has_nothing_to_balance(tmp_path, always):
+    _, model, _ = toy_conversion(method(), tmp_path)
+    select_blocks(model, TopK(k=always, always=always))
+    step = BalancedTraining(model.train(), [], BalancedFinetune(fit=FIT)).training_step({"input_ids": ids_NC()}, 0)
+    assert torch.equal(step["loss"], step["task_loss"])
+    step["loss"].backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+
 def test_balance_training_spreads_a_router_that_prefers_one_block(tmp_path):
     uneven = {}
     for weight in (0.0, 1.0):

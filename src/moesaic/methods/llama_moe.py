@@ -135,18 +135,20 @@ def balance_loss(
 ) -> Tensor:
     """CV^2(importance) + CV^2(load) of the routed blocks of one top-k layer; without noise the first term only.
 
-    `noisy_TB` are the logits that chose `active_TB`. Always-on blocks compete with nobody and are left out.
+    `noisy_TB` are the logits that chose `active_TB`. Always-on blocks compete with nobody and are left out; where only
+    they run there is nothing to balance, and the loss is 0.
     """
     select, score = layer.select, layer.score
     assert isinstance(select, TopK)
     assert score is not None
-    routed = slice(select.always, None)
+    routed, k = slice(select.always, None), select.k - select.always
+    if not k:
+        return noisy_TB.new_zeros(())
     noisy_TB = noisy_TB[:, routed]
     balance = squared_variation(selected_softmax(noisy_TB, active_TB[:, routed]).sum(dim=0))
     if not isinstance(score, NoisyModule) or score.noise_DB is None:
         return balance
     clean_TB, std_TB = score.router(x_TD, layer.experts)[:, routed], score.noise_std(x_TD)[:, routed]
-    k = select.k - select.always
     load_B = load(clean_TB, noisy_TB - clean_TB, std_TB, k, noise_alone=load_by_noise_alone)
     return balance + squared_variation(load_B)
 
