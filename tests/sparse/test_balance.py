@@ -4,7 +4,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from moesaic.sparse.balance import load, selected_softmax, squared_variation
+from moesaic.sparse.balance import (
+    load,
+    locality_divergence,
+    max_violation,
+    selected_softmax,
+    squared_variation,
+    top_share_penalty,
+)
 from moesaic.sparse.select import TopK
 
 
@@ -73,3 +80,51 @@ def test_the_load_has_a_gradient_for_logits_and_noise() -> None:
         return load(clean_TB, draw_TB * std_TB, std_TB, 2).var()
 
     assert torch.autograd.gradcheck(variation, (clean_TB.requires_grad_(), std_TB.requires_grad_()))
+
+
+def test_the_top_share_penalty_is_one_when_uniform_and_the_number_of_blocks_at_collapse() -> None:
+    uniform_TB = torch.eye(8).repeat(5, 1) * 1e-6 + 0.125
+    assert top_share_penalty(uniform_TB).item() == pytest.approx(1, abs=1e-5)
+    collapsed_TB = torch.zeros(40, 8)
+    collapsed_TB[:, 3] = 1
+    assert top_share_penalty(collapsed_TB).item() == 8
+
+
+def test_the_top_share_penalty_against_a_loop() -> None:
+    prob_TB = draws()[0].softmax(dim=1).requires_grad_()
+    expected = 0.0
+    for block in range(6):
+        share = sum(int(row.argmax()) == block for row in prob_TB) / 40
+        expected += 6 * share * prob_TB[:, block].mean().item()
+    penalty = top_share_penalty(prob_TB)
+    assert penalty.item() == pytest.approx(expected, rel=1e-6)
+    penalty.backward()
+    assert prob_TB.grad is not None
+    assert prob_TB.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize(("nodes", "leak", "expected"), [(2, 0.01, 1.6145), (2, 0.1, 0.5108), (1, 0.01, 0.0)])
+def test_the_locality_of_uniform_probabilities(nodes: int, leak: float, expected: float) -> None:
+    prob_NCB = torch.full((4, 10, 8), 0.125)
+    assert locality_divergence(prob_NCB, nodes, leak).item() == pytest.approx(expected, abs=1e-4)
+
+
+def test_local_tokens_have_no_divergence_and_foreign_ones_have_the_most() -> None:
+    local_B = torch.tensor([0.99 / 4] * 4 + [0.01 / 4] * 4)
+    own = torch.stack([local_B.expand(10, 8), local_B.flip(0).expand(10, 8)])
+    assert locality_divergence(own, 2, 0.01).item() == pytest.approx(0, abs=1e-6)
+    assert locality_divergence(own.flip(0), 2, 0.01) > locality_divergence(torch.full((2, 10, 8), 0.125), 2, 0.01)
+    certain = torch.zeros(2, 10, 8)
+    certain[..., 0] = 1
+    assert locality_divergence(certain, 2, 0.01).isfinite()
+
+
+@pytest.mark.parametrize("nodes", [3, 8])
+def test_nodes_that_cannot_share_are_refused(nodes: int) -> None:
+    with pytest.raises(ValueError, match=f"nodes={nodes} cannot share 8 blocks and 4 sequences"):
+        locality_divergence(torch.full((4, 10, 8), 0.125), nodes, 0.01)
+
+
+def test_the_largest_violation_of_balance() -> None:
+    assert max_violation(torch.tensor([4, 4, 4])).item() == 0
+    assert max_violation(torch.tensor([9, 3, 0])).item() == pytest.approx(1.25)
