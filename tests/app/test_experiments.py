@@ -42,9 +42,9 @@ def test_method_goes_from_config_to_record(method, overrides):
 
 
 @pytest.mark.parametrize("variant", ["as_published", "as_released"])
-@pytest.mark.parametrize("method", ["moefication", "factorllm"])
-def test_variants_run(method, variant, overrides):
-    _, record = run([*overrides, f"method={method}", f"method.variant={variant}", "method.budgets=[2]"])
+@pytest.mark.parametrize(("method", "budget"), [("moefication", 2), ("factorllm", 2), ("lte", 0.5)])
+def test_variants_run(method, budget, variant, overrides):
+    _, record = run([*overrides, f"method={method}", f"method.variant={variant}", f"method.budgets=[{budget}]"])
     assert record["state"] == "done"
     assert (("prepared_dense", None) in arms(record)) == (method == "moefication")
 
@@ -124,3 +124,10 @@ def test_cett_stands_beside_dense_and_adapted_points(method, overrides):
         found = point["cett"]
         assert (set(found) == {"1"}) == (point["arm"] in ("adapted", "dense"))
         assert all(0 <= value["sparsity"] <= 1 for value in found.values())
+
+
+def test_tokens_of_the_preparation_count_as_adaptation(overrides):
+    _, record = run([*overrides, "method=moefication", "method.variant=as_published", "method.budgets=[8]"])
+    phases = {phase["phase"]: phase for phase in record["adaptation"]["phases"]}
+    assert set(phases) == {"prepare", "router"}
+    assert record["adaptation"]["tokens"] == phases["prepare"]["tokens"] > 0

@@ -215,12 +215,16 @@ def _record(plan: Plan, store: Store, plain: dict[str, Any], points: list[rec.Po
 
 
 def _adaptation(plan: Plan, store: Store) -> rec.Adaptation:
-    """Tokens and steps that one adapted model saw; wall time and facts of all budgets' phases together."""
+    """Tokens and steps that one adapted model saw, preparation included; time and facts of all budgets' phases."""
     names = [name for name, _ in plan.method.active_phases()]
     facts: dict[str, dict[str, Any]] = {}
+    prepared: list[dict[str, Any]] = []
+    if plan.method.prepare is not None:
+        facts["prepare"] = {"phase": "prepare", "budget": None, **_facts(store, plan.prepared)}
+        prepared = [facts["prepare"]]
     last: list[dict[str, Any]] = []
     for budget in plan.method.budgets or (None,):
-        last = []
+        last = [*prepared]
         for name, (phase, stage) in zip(names, plan.phase_models(budget), strict=True):
             own = budget if plan.method.tied_to_budget(phase) else None
             last.append(facts.setdefault(stage.identity, {"phase": name, "budget": own, **_facts(store, stage)}))

@@ -140,7 +140,7 @@ def run_calibration(config: MoesaicConfig, dense: Stage, tokens: Stage) -> Stage
 
     counted = {"tokens": method.calibration_tokens, "context": context}
     label = f"{config.backbone.name}-{method.calibration_tokens}"
-    return Stage(name="calibrate", label=label, config=counted, parents=(dense, tokens), compute=compute)
+    return Stage(name="calibrate", label=label, config=counted, parents=(dense, tokens), version=2, compute=compute)
 
 
 def allocate(config: MoesaicConfig, model: Stage, calibration: Stage, budget: float) -> Stage:
@@ -322,7 +322,7 @@ def evaluate(
         counted |= {"random": method.random} if arm == "random_router" else {}
     parents = present(model, heldout, calibration, matched, allocation)
     label = "dense" if arm == "dense" else f"{_label(method.name, budget)}-{arm}"
-    return Stage(name="evaluate", label=label, config=counted, parents=parents, compute=compute)
+    return Stage(name="evaluate", label=label, config=counted, parents=parents, version=2, compute=compute)
 
 
 def time(

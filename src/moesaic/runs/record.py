@@ -95,7 +95,7 @@ class StageUse:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Adaptation:
-    """What training after the cut took; all zero where nothing was trained.
+    """What training took, the preparation of the dense model included; all zero where nothing was trained.
 
     `phases` are the facts that each phase reported, with its name and the budget it ran for (null: for all of them).
     """
