@@ -108,7 +108,7 @@ def test_a_classifier_goes_from_config_to_record(method, overrides, models, labe
         assert summarise(items_from_rows(own.to_dict("records")))["acc"] == score["acc"]
     assert len(documents) == 40 * len(record["points"])
     assert set(documents["tokens"]) == {1}
-    assert analyse(load(tmp_path / "runs"), quality="labelled.acc").runs.table["labelled.acc"].notna().all()
+    assert analyse(load(tmp_path / "runs"), quality="labelled.acc").runs.table["task.labelled.acc_frac"].notna().all()
 
 
 def test_a_dense_fine_tune_comes_first_where_a_method_asks_for_it(overrides, models, labelled):
