@@ -7,7 +7,7 @@ import pytest
 import torch
 from bench.toy import prompts_NC, sparse_toy
 from torch.utils.flop_counter import FlopCounterMode
-from toys import CAUSAL_FAMILIES, TOY_VOCAB, TOY_WIDTH, tiny_model
+from toys import CAUSAL_FAMILIES, TOY_LABELS, TOY_VOCAB, TOY_WIDTH, tiny_model
 
 from moesaic.bench.anatomy import masked_anatomy, read_anatomy
 from moesaic.bench.arms import observe
@@ -55,6 +55,21 @@ def test_plain_ffn_with_biases_by_hand() -> None:
     ffn = read_anatomy(tiny_model("opt")).ffns[0]
     assert ffn.block_flops == 2 * 2 * D * F
     assert ffn.block.parameters == 2 * D * F + F  # the output bias belongs to no block
+
+
+@pytest.mark.parametrize(("family", "pooler", "head"), [("bert", D * D, 0), ("roberta", 0, D * D)])
+def test_a_classifiers_head_is_what_lies_behind_its_encoder(family: str, pooler: int, head: int) -> None:
+    anatomy = read_anatomy(tiny_model(f"{family}_classifier"))
+    assert anatomy.head.parameters == head + D * TOY_LABELS
+    assert anatomy.body.parameters == 2 * 4 * D * D + pooler
+    assert len(anatomy.ffns) == 2
+
+
+@pytest.mark.parametrize(("family", "head_transform"), [("bert", D * D), ("roberta", D * D)])
+def test_a_masked_language_models_output_matrix_is_its_head(family: str, head_transform: int) -> None:
+    anatomy = read_anatomy(tiny_model(family))
+    assert anatomy.head.parameters == D * TOY_VOCAB
+    assert anatomy.body.parameters == 2 * 4 * D * D + head_transform
 
 
 def test_sparse_llama_by_hand() -> None:

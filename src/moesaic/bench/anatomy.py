@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -85,12 +85,13 @@ def read_anatomy(model: PreTrainedModel, pattern: FFNPattern | None = None) -> A
     else:
         with unmasked(model):
             ffns, inside = _dense_ffns(model, pattern)
-    head = model.get_output_embeddings()
-    others = [module for module in _products(model) if id(module) not in inside and module is not head]
+    heads = _heads(model)
+    inside |= {id(module) for module in heads}
+    others = [module for module in _products(model) if id(module) not in inside]
     return Anatomy(
         ffns=ffns,
         body=_matrix(*(module.weight for module in others)),
-        head=_matrix(*([] if head is None else [head.weight])),
+        head=_matrix(*(module.weight for module in heads)),
         attention=_attention(model),
         parameters_total=sum(parameter.numel() for parameter in model.parameters()),
     )
@@ -173,6 +174,15 @@ def _products(model: PreTrainedModel) -> Iterator[nn.Linear | Conv1D]:
     for module in model.modules():
         if isinstance(module, nn.Linear | Conv1D):
             yield module
+
+
+def _heads(model: PreTrainedModel) -> list[Any]:
+    """What makes the logits: the output embeddings, or the layers that a classifier has behind its encoder."""
+    output = model.get_output_embeddings()
+    if output is not None:
+        return [output]
+    encoder = {id(module) for module in model.base_model.modules()}
+    return [module for module in _products(model) if id(module) not in encoder]
 
 
 def _attention(model: PreTrainedModel) -> Attention:
