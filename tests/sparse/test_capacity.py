@@ -1,6 +1,7 @@
 """Capacity rules: the bounds' closed-form values, the clips, the share of affinity, and what training remembers."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -145,7 +146,7 @@ def test_full_mass_keeps_every_positive_affinity_and_more_mass_keeps_more():
     counts = [
         AffinityMass(rho=r / 20, highest=2.0).slots(asked, CapacityMemory(8), training=True) for r in range(1, 21)
     ]
-    assert all((later >= earlier).all() for earlier, later in zip(counts, counts[1:], strict=False))
+    assert all((later >= earlier).all() for earlier, later in pairwise(counts))
 
 
 def test_full_mass_keeps_affinities_that_rounding_would_lose():

@@ -20,7 +20,7 @@ def test_every_block_takes_its_best_tokens(scope, blocks_per_token):
     size = 16 if scope == "sequence" else 48
     for first in range(0, 48, size):
         for block in range(4):
-            ordered = sorted(range(first, first + size), key=lambda t: -score_TB[t, block].item())  # noqa: B023
+            ordered = sorted(range(first, first + size), key=lambda t: -score_TB[t, block].item())
             expected = sorted(ordered[: round(size * blocks_per_token / 4)])
             assert [t for t in range(first, first + size) if active_TB[t, block]] == expected
 

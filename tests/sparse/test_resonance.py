@@ -301,5 +301,5 @@ def test_what_cannot_be_is_refused(changes, message):
 def test_the_budget_is_the_number_of_choices():
     rule = TokenThenExpert(top_l=2, capacity=FIXED)
     assert rule.with_budget(3.0) == TokenThenExpert(top_l=3, capacity=FIXED)
-    with pytest.raises(ValueError, match="exceeds partition.num_blocks=4"):
+    with pytest.raises(ValueError, match=r"exceeds partition\.num_blocks=4"):
         rule.with_budget(5).check(4)
