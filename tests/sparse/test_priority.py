@@ -30,7 +30,7 @@ def test_capacities_reach_the_ends(share):
 def test_a_share_below_the_smallest_level_is_refused():
     with pytest.raises(ValueError, match=r"mean_share=0\.1 cannot be reached: levels run 0\.25\.\.1"):
         level_capacities((0.25, 1.0), 0.1)
-    with pytest.raises(ValueError, match="outside 0..1"):
+    with pytest.raises(ValueError, match=r"outside 0\.\.1"):
         PriorityLevels(mean_share=1.5)
 
 
