@@ -8,8 +8,7 @@ Shapes: L layers, E levels, T tokens, K trained budgets, U hidden width of a rou
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
@@ -50,7 +49,6 @@ __all__ = [
     "RoutedPhase",
     "StaticRouter",
     "elastic_rule",
-    "kept_selections",
     "set_selections",
     "step_generator",
 ]
@@ -298,18 +296,6 @@ def budget_router(layer: SparseFFN) -> BudgetRouter:
     """Where `layer` keeps its static router."""
     assert isinstance(layer.select_state, BudgetRouter)
     return layer.select_state
-
-
-@contextmanager
-def kept_selections(model: PreTrainedModel) -> Iterator[None]:
-    """On leaving the scope, the layers select as they did when it was entered, their states included."""
-    before = [(layer, layer.select, layer.select_state) for layer in sparse_layers(model)]
-    try:
-        yield
-    finally:
-        for layer, select, state in before:
-            layer.select = select
-            layer.select_state = state
 
 
 def set_selections(layers: Sequence[SparseFFN], selections: Sequence[Selection]) -> None:

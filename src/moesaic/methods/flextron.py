@@ -28,13 +28,12 @@ from moesaic.methods.elastic import (
     RoutedObjective,
     RoutedPhase,
     elastic_rule,
-    kept_selections,
     set_selections,
     step_generator,
 )
 from moesaic.methods.lm import Part, fit_language_model, router_parameters, task_loss, train_only
 from moesaic.sparse.elastic import Mix
-from moesaic.sparse.layer import sparse_layers
+from moesaic.sparse.layer import kept_selections, sparse_layers
 from moesaic.sparse.level_cost import expected_cost
 from moesaic.sparse.levels import level_blocks
 from moesaic.sparse.select import AllBlocks, Prefix, Selection

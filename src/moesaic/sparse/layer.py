@@ -5,7 +5,8 @@ Shapes: T tokens, D model dim, B blocks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -20,7 +21,7 @@ from moesaic.sparse.routing import Routing
 from moesaic.sparse.score import JointScoreModule, ScoreModule
 from moesaic.sparse.select import RoutingContext, Selection
 
-__all__ = ["RoutingRecord", "SparseFFN", "set_budget", "set_executor", "sparse_layers"]
+__all__ = ["RoutingRecord", "SparseFFN", "kept_selections", "set_budget", "set_executor", "sparse_layers"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -206,6 +207,18 @@ def num_sequences(x: Tensor) -> int:
 def sparse_layers(model: nn.Module) -> list[SparseFFN]:
     """The sparse FFNs of a model in module order; empty for a dense model."""
     return [module for module in model.modules() if isinstance(module, SparseFFN)]
+
+
+@contextmanager
+def kept_selections(model: nn.Module) -> Iterator[None]:
+    """On leaving the scope, the layers select as they did when it was entered, with the states they had."""
+    before = [(layer, layer.select, layer.select_state) for layer in sparse_layers(model)]
+    try:
+        yield
+    finally:
+        for layer, select, state in before:
+            layer.select = select
+            layer.select_state = state
 
 
 def set_budget(model: nn.Module, value: float | Sequence[float]) -> None:
