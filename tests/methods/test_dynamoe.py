@@ -220,9 +220,10 @@ def test_training_goes_on_where_it_was_killed(tmp_path, monkeypatch):
                     raise MemoryError
                 return step(self, batch, index)
 
-            with monkeypatch.context() as patch, pytest.raises(MemoryError):
-                patch.setattr(LevelTraining, "training_step", dies)
+            monkeypatch.setattr(LevelTraining, "training_step", dies)
+            with pytest.raises(MemoryError):
                 recipe.run(toy_job(model, calibration, tmp_path / name / "fit"))
+            monkeypatch.setattr(LevelTraining, "training_step", step)
             _, model, calibration = toy_conversion(dynamoe(), tmp_path / name / "again")
             select_blocks(model, SELECT)
         recipe.run(toy_job(model, calibration, tmp_path / name / "fit"))

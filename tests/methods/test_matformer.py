@@ -1,5 +1,6 @@
 """MatFormer: which level each layer has, and a fine-tune that trains every prefix."""
 
+import itertools
 import math
 
 import pytest
@@ -35,7 +36,7 @@ def test_levels_do_not_fall_with_depth_and_meet_the_target_from_below(num_layers
         share = percent / 100
         levels = mixed_levels(share_E, share, num_layers)
         mean = sum(share_E[level] for level in levels) / num_layers
-        largest_step = max(b - a for a, b in zip(share_E, share_E[1:], strict=False))
+        largest_step = max(b - a for a, b in itertools.pairwise(share_E))
         assert levels == sorted(levels)
         assert levels[-1] - levels[0] <= 1
         assert share - largest_step / num_layers < mean + 1e-9 <= share + 2e-9

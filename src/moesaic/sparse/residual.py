@@ -25,7 +25,8 @@ def residual_norms(model: nn.Module, batch: Mapping[str, Tensor]) -> list[nn.Mod
     """
     made: dict[int, tuple[nn.Module, Tensor, Tensor]] = {}  # by identity of the output, which is kept alive here
     norms: list[nn.Module] = []
-    pairs: list[tuple[Tensor, Tensor]] = []
+    inputs: list[Tensor] = []
+    sums: list[Tensor] = []
 
     def note(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if args and isinstance(args[0], Tensor) and isinstance(output, Tensor):
@@ -38,12 +39,10 @@ def residual_norms(model: nn.Module, batch: Mapping[str, Tensor]) -> list[nn.Mod
                 f"similarity=resid_cos: {type(model).__name__} gives its FFNs no norm's output. {_WAY_OUT}"
             )
         norms.append(norm)
-        pairs.append((stream, args[0]))
-
-    sums: list[Tensor] = []
+        inputs.append(stream)
 
     def after(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        sums.append(pairs[-1][0] + output.view_as(pairs[-1][0]))
+        sums.append((inputs[-1] + output.view_as(inputs[-1])).flatten())
 
     handles = [m.register_forward_hook(note) for m in model.modules() if not isinstance(m, SparseFFN)]
     for layer in sparse_layers(model):
@@ -53,7 +52,8 @@ def residual_norms(model: nn.Module, batch: Mapping[str, Tensor]) -> list[nn.Mod
     finally:
         for handle in handles:
             handle.remove()
-    streams = [stream for _, given, made_of_it in made.values() for stream in (given, made_of_it)]
+    # Flat, because OPT folds sequences for its FFN and unfolds them after the sum.
+    streams = [stream.flatten() for _, given, output in made.values() for stream in (given, output)]
     for total in sums:
         if not any(s.shape == total.shape and torch.allclose(s, total, atol=1e-5, rtol=1e-3) for s in streams):
             raise ValueError(
