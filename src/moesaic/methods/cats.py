@@ -62,6 +62,7 @@ def sample_scores(layer: SparseFFN, x_TD: Tensor, max_scores: int, generator: Ge
         score_TB = layer.score.activate(layer.score(chunk_TD.to(layer.experts.up_BSD), layer.experts))
         score_N = score_TB.flatten().cpu()
         if share < 1:
-            score_N = score_N[torch.randperm(len(score_N), generator=generator)[: round(share * len(score_N))]]
+            # With replacement: a permutation of all scores takes longer than the scores.
+            score_N = score_N[torch.randint(len(score_N), (round(share * len(score_N)),), generator=generator)]
         kept.append(score_N)
     return torch.cat(kept)
