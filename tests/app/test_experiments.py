@@ -101,12 +101,16 @@ def test_what_cannot_work_is_refused_before_any_stage_runs(override, message, ov
 
 
 @pytest.mark.parametrize("rule", ["greedy", "solved"])
-@pytest.mark.parametrize("method", ["static_slice", "moefication"])
+@pytest.mark.parametrize("method", ["static_slice", "moefication", "cats"])
 def test_an_allocation_keeps_the_mean_share_and_moves_it_between_layers(method, rule, overrides):
-    blocks = {"static_slice": ["method.budgets=[2]"], "moefication": ["+method/blocks=b4", "method.budgets=[2]"]}
+    blocks = {
+        "static_slice": ["method.budgets=[2]"],
+        "moefication": ["+method/blocks=b4", "method.budgets=[2]"],
+        "cats": ["method.budgets=[0.75]"],  # of the gate's products all, of the others a quarter
+    }
     _, record = run([*overrides, f"method={method}", *blocks[method], f"+method/allocate={rule}"])
     adapted = next(point for point in record["points"] if point["arm"] == "adapted")
-    assert adapted["active_ffn_frac"] == pytest.approx(0.5, abs=0.01)
+    assert adapted["active_ffn_frac"] == pytest.approx(0.5, abs=0.05 if method == "cats" else 0.01)
     stages = {stage["stage"] for stage in record["stages"]}
     assert "allocate" in stages
 

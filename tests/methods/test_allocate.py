@@ -108,7 +108,7 @@ def test_errors_fall_to_nothing_when_all_blocks_run(tmp_path):
 
 
 def test_a_budget_below_one_block_a_layer_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"a budget of 0\.1 is 1 blocks for 2 layers; each needs at least one"):
+    with pytest.raises(ValueError, match=r"a budget of 0\.1 is 1 parts for 2 layers; each needs at least one"):
         SolvedError().shares(static_probe(tmp_path, share=0.1))
 
 

@@ -12,6 +12,7 @@ from moesaic.sparse.select import (
     CumulativeProbability,
     DynamicK,
     Prefix,
+    RoutingContext,
     Selection,
     Threshold,
     TopK,
@@ -193,3 +194,11 @@ def test_a_matched_rule_with_a_fixed_number_keeps_one(rule: Selection, expected:
 
 def test_always_on_blocks_stay_on_when_matched() -> None:
     assert TopK(k=3, always=2).matched(torch.rand(5, 8), 0.125, 8) == TopK(k=2, always=2)
+
+
+def test_tokens_that_no_router_wants_are_counted() -> None:
+    score_TB = torch.tensor([[0.0, 0.0], [0.5, 0.0], [0.0, 0.0], [1.0, 2.0]])
+    context = RoutingContext(num_blocks=2)
+    routing = DynamicK(tau=0.5)(score_TB, context)
+    assert routing.active_TB().tolist() == [[True, True], [True, False], [True, True], [True, True]]
+    assert context.notes["all_zero_share"] == 0.5

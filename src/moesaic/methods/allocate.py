@@ -1,8 +1,8 @@
 """Allocation: how much of a budget each layer gets, where the layers need not all get the same.
 
-A budget is the mean active share over layers; an allocation spreads it in whole blocks. It is found on the model before
-any training, under oracle routing (or none, for a static slice), so that it depends on neither router nor recipe.
-Shapes: T tokens, D model dim, L layers, K numbers of blocks.
+A budget is the mean active share over layers; an allocation spreads it in whole blocks, or in parts of `GRAIN` where a
+layer has more blocks. It is found on the model before any training, under oracle routing (or none, for a static slice),
+so that it depends on neither router nor recipe. Shapes: T tokens, D model dim, L layers, K numbers of parts.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from moesaic.training.progress import ProgressLine
 
 __all__ = ["Allocation", "AllocationJob", "GreedyLoss", "SolvedError", "cheapest_counts"]
 
+GRAIN = 32  # parts of a layer: finer shares would cost more to find than they are worth
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AllocationJob:
@@ -40,18 +42,18 @@ class AllocationJob:
     label: str
 
     def limit(self, layer: int, count: int) -> None:
-        """Let sparse layer `layer` run `count` of its blocks for a token, on average over the calibration tokens."""
+        """Let sparse layer `layer` run `count` of its parts for a token, on average over the calibration tokens."""
         sparse = sparse_layers(self.model)[layer]
         sparse.select = self.selection(sparse, self.inputs_TD(layer), count)
 
     def selection(self, layer: SparseFFN, x_TD: Tensor, count: int) -> Selection:
-        """The selection under which `layer` runs `count` blocks for these inputs (T, D), on average."""
+        """The selection under which `layer` runs `count` of its parts for these inputs (T, D), on average."""
         num_blocks = layer.experts.num_blocks
         if layer.score is None:
             score_TX = x_TD.new_zeros(len(x_TD), num_blocks)
         else:
             score_TX = layer.score.activate(layer.score(x_TD, layer.experts))
-        return self.select.matched(score_TX, count / num_blocks, num_blocks)
+        return self.select.matched(score_TX, count / parts(layer), num_blocks)
 
     def inputs_TD(self, layer: int, *, max_tokens: int = 1024) -> Tensor:
         """Calibration inputs (T, D) of a layer in the model's dtype."""
@@ -65,40 +67,37 @@ class Allocation(ABC):
 
     @abstractmethod
     def counts(self, job: AllocationJob) -> list[int]:
-        """Per layer, how many of its blocks run; at least one, and the mean share over layers is `job.share`."""
+        """Per layer, how many of its parts run; at least one, and the mean share over layers is `job.share`."""
 
     def shares(self, job: AllocationJob) -> list[float]:
         """Per layer, the active share 0..1, for `SparseMethod.selections_at` and `StaticSlice`."""
         layers = sparse_layers(job.model)
         with torch.no_grad(), restored(layers):
             counts = self.counts(job)
-        return [count / layer.experts.num_blocks for count, layer in zip(counts, layers, strict=True)]
+        return [count / parts(layer) for count, layer in zip(counts, layers, strict=True)]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GreedyLoss(Allocation):
-    """From all blocks on, always the block whose loss is cheapest: measured on the whole model, layers together.
+    """From all parts on, always the part whose loss is cheapest: measured on the whole model, layers together.
 
-    `step_blocks` are taken at a time; the loss is of `loss_tokens` calibration tokens.
+    The loss is of `loss_tokens` calibration tokens.
     Source: arXiv:2408.14690 (TEAL's greedy search), on the model's loss and on FFN blocks.
     """
 
-    step_blocks: int = 1
     loss_tokens: int = 2048
 
     def counts(self, job: AllocationJob) -> list[int]:
         layers = sparse_layers(job.model)
-        count_L = [layer.experts.num_blocks for layer in layers]
-        surplus = sum(count_L) - total_blocks(layers, job.share)
-        with ProgressLine(f"{job.label} greedy", surplus, unit="blocks") as line:
-            while surplus:
-                step = min(self.step_blocks, surplus)
-                removable = [i for i, count in enumerate(count_L) if count > step]
-                best = min(removable, key=lambda i: self._loss_after(job, i, count_L[i] - step))
-                count_L[best] -= step
+        count_L = [parts(layer) for layer in layers]
+        surplus = sum(count_L) - total_parts(layers, job.share)
+        with ProgressLine(f"{job.label} greedy", surplus, unit="parts") as line:
+            for taken in range(surplus):
+                removable = [i for i, count in enumerate(count_L) if count > 1]
+                best = min(removable, key=lambda i: self._loss_after(job, i, count_L[i] - 1))
+                count_L[best] -= 1
                 job.limit(best, count_L[best])
-                surplus -= step
-                line.update(sum(layer.experts.num_blocks for layer in layers) - sum(count_L))
+                line.update(taken + 1)
         return count_L
 
     def _loss_after(self, job: AllocationJob, layer: int, count: int) -> float:
@@ -112,7 +111,7 @@ class GreedyLoss(Allocation):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SolvedError(Allocation):
-    """The spread with the least sum over layers of ||y_S - y||^2 / ||y||^2, y_S a layer's output with S blocks on.
+    """The spread with the least sum over layers of ||y_S - y||^2 / ||y||^2, y_S a layer's output with S parts on.
 
     Each layer is scored alone on its calibration inputs; the best spread then follows exactly, by dynamic programming.
     """
@@ -120,16 +119,16 @@ class SolvedError(Allocation):
     def counts(self, job: AllocationJob) -> list[int]:
         layers = sparse_layers(job.model)
         errors = [relative_errors(job, index) for index in range(len(layers))]
-        return cheapest_counts(errors, total_blocks(layers, job.share))
+        return cheapest_counts(errors, total_parts(layers, job.share))
 
 
 def relative_errors(job: AllocationJob, index: int) -> list[float]:
-    """Per number of blocks 1..B, the error of the layer's output over calibration tokens, relative to its square."""
+    """Per number of parts 1..K, the error of the layer's output over calibration tokens, relative to its square."""
     layer, x_TD = sparse_layers(job.model)[index], job.inputs_TD(index)
     layer.select = AllBlocks()
     whole_TD = layer(x_TD).float()
     errors = []
-    for count in range(1, layer.experts.num_blocks + 1):
+    for count in range(1, parts(layer) + 1):
         layer.select = job.selection(layer, x_TD, count)
         errors.append(((layer(x_TD).float() - whole_TD).square().sum() / whole_TD.square().sum()).item())
     return errors
@@ -149,11 +148,16 @@ def cheapest_counts(cost_LK: Sequence[Sequence[float]], total: int) -> list[int]
     return best[total][1]
 
 
-def total_blocks(layers: Sequence[SparseFFN], share: float) -> int:
-    """How many blocks all layers run together at the mean share. Raises ValueError if that is not one for each."""
-    total = round(sum(share * layer.experts.num_blocks for layer in layers))
+def parts(layer: SparseFFN) -> int:
+    """Into how many parts a layer's share is cut."""
+    return min(layer.experts.num_blocks, GRAIN)
+
+
+def total_parts(layers: Sequence[SparseFFN], share: float) -> int:
+    """How many parts all layers run together at the mean share. Raises ValueError if that is not one for each."""
+    total = round(sum(share * parts(layer) for layer in layers))
     if total < len(layers):
-        raise ValueError(f"a budget of {share:g} is {total} blocks for {len(layers)} layers; each needs at least one")
+        raise ValueError(f"a budget of {share:g} is {total} parts for {len(layers)} layers; each needs at least one")
     return total
 
 

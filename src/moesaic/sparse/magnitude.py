@@ -6,7 +6,7 @@ Source: arXiv:2404.08763 (CATS). Shapes: T tokens, D model dim, F neurons, B blo
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -85,6 +85,12 @@ class Quantile(Selection):
 
     def static_blocks(self, num_blocks: int) -> int | None:
         return num_blocks if self.p == 0 else None
+
+    def share(self, num_blocks: int) -> float:
+        return 1 - self.p
+
+    def with_share(self, share: float, num_blocks: int) -> Quantile:
+        return replace(self, p=1 - share)
 
     def _dense_T1(self, num_tokens: int, num_sequences: int, device: torch.device) -> Tensor:
         """Boolean (T, 1): the tokens at the start of a prefill."""

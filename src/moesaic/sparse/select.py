@@ -222,7 +222,8 @@ class Threshold(Selection):
 class DynamicK(Selection):
     """A block runs when its score reaches `tau` (0..1) times the token's highest score; the highest always runs.
 
-    Scores are meant to be >= 0: then tau 0 runs all blocks and tau 1 the best one with its ties.
+    Scores are meant to be >= 0: then tau 0 runs all blocks and tau 1 the best one with its ties. Where all scores are 0
+    every block runs; the trace counts these tokens (`all_zero_share`).
     Source: arXiv:2310.04361 (dynamic-k).
     """
 
@@ -237,6 +238,8 @@ class DynamicK(Selection):
 
     def __call__(self, score_TB: Tensor, context: RoutingContext | None = None) -> Routing:
         highest_T1 = score_TB.amax(dim=1, keepdim=True)
+        if context is not None:
+            context.note(all_zero_share=(highest_T1 == 0).float().mean())
         return Routing.from_mask((score_TB >= self.tau * highest_T1) | (score_TB == highest_T1))
 
 
