@@ -1,12 +1,15 @@
 """Calibration keeps exactly what each FFN of the dense model is given."""
 
+import numpy as np
 import pytest
 import torch
 from methods.toy import toy_calibration
-from toys import CAUSAL_FAMILIES, tiny_model
+from toys import CAUSAL_FAMILIES, TOY_VOCAB, tiny_model
 
+from moesaic.data.objective import forward
+from moesaic.data.tokens import TokenDocument, TokenSplit
 from moesaic.ffn.sites import capture_inputs, find_ffns
-from moesaic.methods.calibration import output_gradients
+from moesaic.methods.calibration import calibrate, output_gradients
 
 
 @pytest.mark.parametrize("family", CAUSAL_FAMILIES)
@@ -21,6 +24,48 @@ def test_cached_inputs_are_what_the_ffns_see(tmp_path, family):
     for index in range(len(sites)):
         torch.testing.assert_close(calibration.inputs_TD(index), seen[index].reshape(128, -1), atol=1e-5, rtol=1e-4)
     assert calibration.window_T().tolist() == [row for row in range(8) for _ in range(16)]
+
+
+@pytest.mark.parametrize(("family", "layers"), [("bert", 2), ("t5", 4)])
+def test_encoders_and_decoders_are_calibrated_on_what_they_are_trained_on(tmp_path, family, layers):
+    model = tiny_model(family)
+    calibration = toy_calibration(model, tmp_path, num_tokens=128)
+    seen: dict[int, torch.Tensor] = {}
+    batch = calibration.windows(0, calibration.num_windows)
+    with torch.no_grad(), capture_inputs(find_ffns(model), seen.__setitem__):
+        forward(model, batch)
+    assert calibration.num_layers == layers
+    for index in range(layers):
+        assert len(calibration.inputs_TD(index)) == calibration.num_tokens == 128
+        torch.testing.assert_close(calibration.inputs_TD(index), seen[index].reshape(128, -1), atol=1e-5, rtol=1e-4)
+    if family == "bert":
+        assert (batch["input_ids"] == TOY_VOCAB - 1).sum(dim=1).tolist() == [2] * 8
+    else:
+        assert batch["input_ids"].shape == batch["labels"].shape == (16, 8)  # half a row in each stack
+    assert calibration.window_T().bincount().tolist() == [128 // calibration.num_windows] * calibration.num_windows
+
+
+def test_padding_is_no_calibration_token(tmp_path):
+    lengths = [3, 14, 6, 30, 9, 1]
+    documents, first = [], 0
+    for number, length in enumerate(lengths):
+        documents.append(TokenDocument(str(number), first, length, length, number % 3))
+        first += length + 1
+    ids = np.arange(first, dtype=np.uint16) % 50 + 3
+    split = TokenSplit(tokens_N=ids, documents=tuple(documents), separator_id=2, provenance={}, start_id=1)
+    model = tiny_model("roberta_classifier")
+    calibration = calibrate(model, split, tmp_path, pattern=None, num_tokens=59, context=16)
+    framed = [min(16, length + 2) for length in lengths]
+    assert sum(framed) == calibration.num_tokens == 59
+    assert calibration.window_T().tolist() == [row for row, length in enumerate(framed) for _ in range(length)]
+    sites = find_ffns(model)
+    for row, length in enumerate(framed):  # alone and without padding, a document gives the same inputs
+        seen: dict[int, torch.Tensor] = {}
+        with torch.no_grad(), capture_inputs(sites, seen.__setitem__):
+            model(calibration.windows(row, row + 1)["input_ids"][:, :length])
+        for index in range(len(sites)):
+            own_TD = calibration.inputs_TD(index)[calibration.window_T() == row]
+            torch.testing.assert_close(own_TD, seen[index][0], atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("num_tokens", [8, 10_000])

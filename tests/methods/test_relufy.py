@@ -13,6 +13,14 @@ from moesaic.training.fit import FitConfig
 FIT = FitConfig(steps=4, batch_size=4, lr=1e-3)
 
 
+@pytest.mark.parametrize("family", ["bert", "roberta_classifier", "t5_gated"])
+def test_encoders_and_decoders_keep_the_swap_too(tmp_path, family):
+    model = with_activation(tiny_model(family), "relu")
+    model.save_pretrained(tmp_path)
+    for one in (model, type(model).from_pretrained(tmp_path)):
+        assert {site.read().activation for site in find_ffns(one)} == {"relu"}
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "gemma"])
 def test_the_swap_is_in_the_modules_and_survives_saving(tmp_path, family):
     model = with_activation(tiny_model(family), "relu")
@@ -22,7 +30,7 @@ def test_the_swap_is_in_the_modules_and_survives_saving(tmp_path, family):
     torch.testing.assert_close(again(ids_NC()).logits, model.eval()(ids_NC()).logits)
 
 
-@pytest.mark.parametrize("family", ["gpt2", "gpt_neox"])
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "bert"])
 def test_intermediate_biases_are_zero_and_stay_zero(tmp_path, family):
     job = toy_job(tiny_model(family), None, tmp_path)
     facts = Relufy(fit=FIT).run(job)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from toys import tiny_model
+from toys import TOY_VOCAB, tiny_model
 from transformers import PreTrainedModel
 
 from moesaic.data.tokens import TokenDocument, TokenSplit
@@ -23,7 +23,9 @@ def toy_tokens(num_tokens: int = 2048, vocab: int = 60) -> TokenSplit:
     for i in range(1, num_tokens):
         ids[i] = (ids[i - 1] * 7 + 3) % vocab if rng.random() < 0.8 else rng.integers(vocab)
     document = TokenDocument("toy", 0, num_tokens, num_tokens)
-    return TokenSplit(tokens_N=ids, documents=(document,), separator_id=0, provenance={"name": "toy"})
+    return TokenSplit(
+        tokens_N=ids, documents=(document,), separator_id=0, provenance={"name": "toy"}, mask_id=TOY_VOCAB - 1
+    )
 
 
 def toy_calibration(model: PreTrainedModel, folder: Path, num_tokens: int = 512) -> Calibration:
