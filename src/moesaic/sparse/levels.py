@@ -270,16 +270,11 @@ class LevelCombineModule(CombineModule):
     """The level weights of one layer; parameter `alpha` is there only for one_plus."""
 
     config: LevelCombine
-    members_EB: Tensor
-    level_X: Tensor
 
     def __init__(self, config: LevelCombine, dim: int, num_blocks: int) -> None:
         super().__init__(config, dim, num_blocks)
-        levels_E = level_blocks(config.levels, num_blocks)
+        self.levels_E = level_blocks(config.levels, num_blocks)
         self.alpha = nn.Parameter(torch.zeros(())) if config.by == "one_plus" else None
-        # Both follow from the config: not saved.
-        self.register_buffer("members_EB", level_members(levels_E), persistent=False)
-        self.register_buffer("level_X", level_table(levels_E), persistent=False)
 
     @property
     def uses_score(self) -> bool:
@@ -291,8 +286,8 @@ class LevelCombineModule(CombineModule):
             return routing
         prob_TE = score_TB.float().softmax(dim=1)
         if self.config.by == "soft":
-            return Routing.of_all(prob_TE @ self.members_EB.float())
-        level_T = self.level_X[routing.count_T()]
+            return Routing.of_all(prob_TE @ level_members(self.levels_E, device=prob_TE.device).float())
+        level_T = level_table(self.levels_E, device=prob_TE.device)[routing.count_T()]
         weight_T = prob_TE.gather(1, level_T[:, None])[:, 0]
         if self.alpha is not None:
             # The bounds hold forwards only: a clamp would cut the gradient of an alpha that has left them.
