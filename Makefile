@@ -39,7 +39,7 @@ lint: $(READY)  ## check format and style
 typecheck: $(READY)  ## check types
 	$(BIN)/mypy
 
-report: $(READY)  ## rebuild table, report.html and pareto.png from the records in RUNS
+report: $(READY)  ## rebuild tables, report.html and pictures from the records in RUNS
 	$(BIN)/moesaic-report $(RUNS)
 
 bench-tinyllama: $(READY)  ## measured and ideal speed on a random-weight TinyLlama-1.1B shape

@@ -21,7 +21,7 @@ def test_done(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     )
     printed = capsys.readouterr().out
     assert "moefication" in printed
-    for name in ("report.html", "pareto.png", "gaps.png", "table.parquet", "table.csv"):
+    for name in ("report.html", "pareto.png", "gaps.png", "share.png", "table.parquet", "table.csv", "pays.csv"):
         assert (tmp_path / "out" / name).is_file()
         assert str(tmp_path / "out" / name) in printed
 

@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="moesaic-report", description="Build report.html, pareto.png, gaps.png and a tidy table from records."
+        prog="moesaic-report", description="Build report.html, its pictures and its tables (table, pays) from records."
     )
     parser.add_argument("runs", type=Path, metavar="RUNS_DIR", help="folder that moesaic wrote its runs to")
     parser.add_argument("--out", type=Path, metavar="DIR", help="where to write (default: RUNS_DIR/report)")
