@@ -1,4 +1,4 @@
-"""MatFormer: which level each layer has, and a fine-tune that trains every prefix."""
+"""MatFormer: which level each layer has, what it costs, and a fine-tune that trains every prefix."""
 
 import itertools
 import math
@@ -6,7 +6,10 @@ import math
 import pytest
 import torch
 from methods.toy import ids_NC, toy_conversion, toy_job, weights
+from transformers import AutoConfig, AutoModelForCausalLM
 
+from moesaic.bench.anatomy import read_anatomy
+from moesaic.bench.cost import active_parameters
 from moesaic.methods.allocate import AllocationJob
 from moesaic.methods.base import SparseMethod, select_blocks
 from moesaic.methods.matformer import MixNMatch, NestedFinetune, mixed_levels
@@ -72,3 +75,19 @@ def test_every_prefix_learns_and_the_selection_comes_back(tmp_path):
     assert all(losses["after", k] < losses["before", k] for k in (1, 2, 4, 8))
     assert {layer.select for layer in sparse_layers(model)} == {Prefix(k=4)}
     assert all(".experts." in name for name, value in weights(model).items() if not torch.equal(value, before[name]))
+
+
+@pytest.mark.parametrize(("level", "billions"), [(1, 3.014), (2, 4.423), (3, 5.832), (4, 7.241)])
+def test_active_parameters_of_nested_experts_of_a_7b_model(level, billions):
+    config = AutoConfig.for_model(
+        "mistral",
+        vocab_size=32000,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+    )
+    with torch.device("meta"):
+        dense = read_anatomy(AutoModelForCausalLM.from_config(config), None)
+    assert active_parameters(dense, [level / 4] * 32) / 1e9 == pytest.approx(billions, abs=5e-4)

@@ -84,12 +84,14 @@ def test_blocks_of_a_size_are_as_many_as_the_width_gives() -> None:
         BlocksOfSize(block_size=0)
 
 
-@pytest.mark.parametrize("criterion", ["mean_abs", "mean_abs_output"])
+@pytest.mark.parametrize("criterion", ["mean_abs", "mean_abs_output", "mean_abs_input"])
 def test_importance_puts_larger_neurons_into_earlier_blocks(criterion: str) -> None:
     ffn, x_TD = FFNS["gated"], random_inputs(40)
     size_F = ffn.hidden(x_TD).abs().mean(0)
     if criterion == "mean_abs_output":
         size_F = size_F * ffn.down_FD.norm(dim=1)
+    if criterion == "mean_abs_input":
+        size_F = (x_TD @ ffn.gate_FD.T).abs().mean(0)
     block_F = cut(Importance(num_blocks=6, criterion=criterion), ffn)
     for block in range(5):
         assert size_F[block_F == block].min() >= size_F[block_F == block + 1].max()

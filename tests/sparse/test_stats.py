@@ -22,6 +22,8 @@ def test_means(gated: bool) -> None:
     torch.testing.assert_close(stats.mean_activation(), h_TF.mean(0))
     torch.testing.assert_close(stats.mean_abs(), h_TF.abs().mean(0))
     torch.testing.assert_close(stats.mean_abs_output(), h_TF.abs().mean(0) * ffn.down_FD.norm(dim=1))
+    first_FD = ffn.gate_FD if gated else ffn.up_FD
+    torch.testing.assert_close(stats.mean_abs_input(), (x_TD @ first_FD.T).abs().mean(0))
 
 
 @pytest.mark.usefixtures("_chunking")
