@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from toy_ffns import random_ffn, random_inputs
 
 from moesaic.methods.base import SparseMethod, select_blocks
-from moesaic.methods.deja_vu import TrainPredictors, active_labels, precision_recall, prediction_loss
+from moesaic.methods.deja_vu import TrainPredictors, active_labels, break_even_recall, precision_recall, prediction_loss
 from moesaic.sparse.combine import Combine
 from moesaic.sparse.experts import Experts
 from moesaic.sparse.layer import sparse_layers
@@ -72,13 +72,22 @@ def test_precision_and_recall_by_hand():
     assert precision_recall(torch.zeros(2, 3, dtype=torch.bool), label_TB) == (1.0, 0.0)
 
 
+def test_a_predictor_that_fires_everywhere_gains_no_break_even_recall():
+    label_TB = torch.tensor([[True, False, True, False]])
+    logits_TB = torch.tensor([[3.0, 2.0, 1.0, 0.5]])
+    assert break_even_recall(logits_TB, label_TB) == break_even_recall(logits_TB - 9, label_TB) == 0.5
+    assert break_even_recall(torch.tensor([[3.0, 1.0, 2.0, 0.5]]), label_TB) == 1.0
+    assert break_even_recall(logits_TB, torch.zeros(1, 4, dtype=torch.bool)) == 1.0
+
+
 def test_a_full_rank_predictor_learns_a_linear_rule(tmp_path):
     # The toy OPT has no up bias, so which neurons are active is a linear rule of the input.
     _, model, calibration = toy_conversion(method(rank_frac=1.0), tmp_path, family="opt")
     fit = FitConfig(steps=500, batch_size=128, lr=3e-2, clip_norm=None)
     phase = TrainPredictors(fit=fit, label_frac=0.5, held_out_frac=0.1)
     facts = phase.run(toy_job(model, calibration, tmp_path / "fit"))
-    assert min(facts["recall_L"]) > 0.98
+    assert min(facts["break_even_recall_L"]) > 0.97
+    assert min(facts["recall_L"]) > 0.97
     assert min(facts["precision_L"]) > 0.95
     assert all(0.2 < density < 0.8 for density in facts["label_density_L"])
 
@@ -115,8 +124,9 @@ def test_the_predictor_with_the_best_recall_is_kept(tmp_path):
     again = TrainPredictors(fit=wild, label_frac=0.5, held_out_frac=0.1, validate_every_steps=40)
     _, model, calibration = toy_conversion(method(), tmp_path / "last")
     last = again.run(toy_job(model, calibration, tmp_path / "last/fit"))
-    assert all(best >= end for best, end in zip(facts["recall_L"], last["recall_L"], strict=True))
-    assert facts["recall_L"] != last["recall_L"]
+    kept_L, last_L = facts["break_even_recall_L"], last["break_even_recall_L"]
+    assert all(best >= end for best, end in zip(kept_L, last_L, strict=True))
+    assert kept_L != last_L
 
 
 def test_all_neurons_are_dense(tmp_path):

@@ -24,7 +24,14 @@ from moesaic.sparse.select import top_blocks
 from moesaic.sparse.targets import expert_targets
 from moesaic.training.fit import FitConfig, fit
 
-__all__ = ["ActivityPrediction", "TrainPredictors", "active_labels", "precision_recall", "prediction_loss"]
+__all__ = [
+    "ActivityPrediction",
+    "TrainPredictors",
+    "active_labels",
+    "break_even_recall",
+    "precision_recall",
+    "prediction_loss",
+]
 
 _NEGATIVE_WEIGHT = 0.005  # added to the density, so that labels without any positive still teach
 
@@ -35,8 +42,9 @@ class TrainPredictors(Phase):
 
     A block's label is whether any of its neurons is active; where activations have no exact zeros (SiLU, GELU), whether
     it is in the token's top `label_frac` of blocks by sum of |h|. The predictor with the best recall on held-out
-    windows is kept.
-    Differs: logits in place of probabilities in the loss, steps in place of epochs, no early stop.
+    windows is kept, judged at as many predicted as labelled pairs.
+    Differs: recall above a fixed probability, as published, keeps predictors that fire everywhere; logits in place of
+    probabilities in the loss, steps in place of epochs, no early stop.
     """
 
     fit: FitConfig
@@ -60,13 +68,13 @@ class TrainPredictors(Phase):
         batches = router_batches([x_TD[~held_T] for x_TD in inputs], self.fit, job.seed)
         result = fit(module, batches, self.fit, folder=job.folder, label=job.label)
         module.validate()
-        recall_L = module.restore("best")
+        break_even_L = module.restore("best")
         facts = {"tokens": 0, "steps": result.steps, "wall_seconds": result.seconds}
-        return {**facts, "recall_L": recall_L, **module.judgement()}
+        return {**facts, "break_even_recall_L": break_even_L, **module.judgement()}
 
 
 class ActivityPrediction(JudgedRouters):
-    """Predictors of activity; judged by the recall of what they call active."""
+    """Predictors of activity; judged by the recall of as many pairs as are active."""
 
     def __init__(self, model: PreTrainedModel, phase: TrainPredictors, held_LTD: list[Tensor]) -> None:
         super().__init__(model, phase.fit, held_LTD, phase.validate_every_steps)
@@ -77,20 +85,19 @@ class ActivityPrediction(JudgedRouters):
         return prediction_loss(self.logits(layer, x_TD), active_labels(layer.experts, x_TD, self.label_frac))
 
     def merit(self, layer: SparseFFN, x_TD: Tensor) -> float:
-        return self._precision_recall(layer, x_TD)[1]
+        return break_even_recall(self.logits(layer, x_TD), active_labels(layer.experts, x_TD, self.label_frac))
 
     @torch.no_grad()
     def judgement(self) -> dict[str, list[float]]:
-        """What recall alone does not tell of the present predictors: precision and the density of labels, per layer."""
-        pairs = list(zip(self.layers, self.held_LTD, strict=True))
-        labels = [active_labels(layer.experts, x_TD, self.label_frac) for layer, x_TD in pairs]
-        return {
-            "precision_L": [self._precision_recall(layer, x_TD)[0] for layer, x_TD in pairs],
-            "label_density_L": [label_TB.float().mean().item() for label_TB in labels],
-        }
-
-    def _precision_recall(self, layer: SparseFFN, x_TD: Tensor) -> tuple[float, float]:
-        return precision_recall(self.logits(layer, x_TD) > 0, active_labels(layer.experts, x_TD, self.label_frac))
+        """Precision and recall of what the present predictors find likely, and the density of labels, per layer."""
+        facts: dict[str, list[float]] = {"precision_L": [], "recall_L": [], "label_density_L": []}
+        for layer, x_TD in zip(self.layers, self.held_LTD, strict=True):
+            label_TB = active_labels(layer.experts, x_TD, self.label_frac)
+            precision, recall = precision_recall(self.logits(layer, x_TD) > 0, label_TB)
+            facts["precision_L"].append(precision)
+            facts["recall_L"].append(recall)
+            facts["label_density_L"].append(label_TB.float().mean().item())
+        return facts
 
 
 def active_labels(experts: Experts, x_TD: Tensor, label_frac: float) -> Tensor:
@@ -108,6 +115,14 @@ def prediction_loss(logits_TB: Tensor, label_TB: Tensor) -> Tensor:
     negative = positive_TB.mean() + _NEGATIVE_WEIGHT
     weight_TB = positive_TB * (1 - negative) + negative
     return F.binary_cross_entropy_with_logits(logits_TB, positive_TB, weight=weight_TB)
+
+
+def break_even_recall(logits_TB: Tensor, label_TB: Tensor) -> float:
+    """The labelled share of the highest logits, as many as there are labelled pairs: recall and precision at once."""
+    count = int(label_TB.sum())
+    if not count:
+        return 1.0
+    return label_TB.flatten()[logits_TB.flatten().topk(count).indices].float().mean().item()
 
 
 def precision_recall(predicted_TB: Tensor, label_TB: Tensor) -> tuple[float, float]:
