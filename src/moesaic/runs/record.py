@@ -108,7 +108,10 @@ class Adaptation:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TaskScore:
-    """One lm-eval task, or what a classifier is for. `acc` and `agreement` are 0..1; `gold_nll`, `margin` and `kl_to_dense` are in nats."""
+    """One lm-eval task, or a classifier's own.
+
+    `acc` and `agreement` are 0..1; `gold_nll`, `margin` and `kl_to_dense` are in nats.
+    """
 
     items: int
     acc: float | None = None
