@@ -90,4 +90,4 @@ def test_active_parameters_of_nested_experts_of_a_7b_model(level, billions):
     )
     with torch.device("meta"):
         dense = read_anatomy(AutoModelForCausalLM.from_config(config), None)
-    assert active_parameters(dense, [level / 4] * 32) / 1e9 == pytest.approx(billions, abs=5e-4)
+    assert active_parameters(dense, [level / 4] * 32) / 1e9 == pytest.approx(billions, abs=1e-3)

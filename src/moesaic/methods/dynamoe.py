@@ -109,7 +109,7 @@ class LevelFinetune(Phase):
         parameters = optimizer_groups(job.model, self, train_only(job.model, self.train, job.pattern))
         with taught(job.model, self, batches[0]) as lesson:
             base_LTE = base_similarities(job.model, lesson, batches)
-            lesson.theta = self.theta_of(base_LTE, lesson.share_E)
+            lesson.theta = self.theta_of(base_LTE, level_shares(lesson.levels_E, device=base_LTE[0].device))
             histograms = label_histograms(base_LTE, (*_THETAS, lesson.theta), self.label_rule)
             job.model.train()
             module = LevelTraining(job.model, parameters, self, lesson)
@@ -154,7 +154,7 @@ class LevelTraining(pl.LightningModule):
             "loss": self.phase.lm_weight * loss + self.phase.router_weight * router_loss,
             "task_loss": loss.detach(),
             "router_loss": router_loss.detach(),
-            "label_share": torch.cat([self.lesson.share_E[each.label_T] for each in seen]).mean(),
+            "label_share": torch.cat([self.lesson.share_T(each.label_T) for each in seen]).mean(),
             "router_accuracy": torch.cat([each.choice_T == each.label_T for each in seen]).float().mean(),
         }
 
@@ -180,10 +180,8 @@ class Taught:
 class Lesson:
     """Labels and levels of all layers while a model is `taught`; forwards are seen only in a `given` scope."""
 
-    def __init__(self, phase: LevelFinetune, levels_E: tuple[int, ...], device: torch.device) -> None:
+    def __init__(self, phase: LevelFinetune, levels_E: tuple[int, ...]) -> None:
         self.phase, self.levels_E = phase, levels_E
-        self.share_E = level_shares(levels_E, device=device)
-        self.members_EB = level_members(levels_E, device=device)
         self.residual_L: dict[int, Tensor] = {}
         self.theta = 0.0
         self._dispatch: Dispatch = "router"
@@ -198,6 +196,10 @@ class Lesson:
         finally:
             self._seen = []
             self.residual_L.clear()
+
+    def share_T(self, level_T: Tensor) -> Tensor:
+        """float32 (T,): the share of the FFN that each token's level runs."""
+        return level_shares(self.levels_E, device=level_T.device)[level_T]
 
     @torch.no_grad()
     def levels(self, index: int, x_TD: Tensor, teacher: Experts, logits_TE: Tensor, context: RoutingContext) -> Tensor:
@@ -239,14 +241,14 @@ class TaughtScore(JointScoreModule):
     ) -> tuple[Routing, Tensor]:
         logits_TE = self.own(x_TD, experts)
         level_T = self.lesson.levels(self.index, x_TD, self.teacher or experts, logits_TE, context)
-        return level_routing(level_T, self.lesson.members_EB), logits_TE
+        return level_routing(level_T, level_members(self.lesson.levels_E, device=level_T.device)), logits_TE
 
 
 @contextmanager
 def taught(model: PreTrainedModel, phase: LevelFinetune, batch: dict[str, Tensor]) -> Iterator[Lesson]:
     """Within the scope the levels of every layer come from the lesson; `batch` shows where the residual stream is."""
     layers = sparse_layers(model)
-    lesson = Lesson(phase, level_blocks(phase.levels, layers[0].experts.num_blocks), model.device)
+    lesson = Lesson(phase, level_blocks(phase.levels, layers[0].experts.num_blocks))
     norms = residual_norms(model, batch) if phase.similarity == "resid_cos" else []
     routers, selections = [layer.score for layer in layers], [layer.select for layer in layers]
     select_blocks(model, Nested(levels=phase.levels))
@@ -319,7 +321,7 @@ def judge(model: PreTrainedModel, lesson: Lesson, batches: list[dict[str, Tensor
         for name, value in agreement(choice_T, label_T, num_levels).items():
             facts.setdefault(f"router_{name}_L", []).append(value)
         if losses:
-            share_T = lesson.share_E[torch.cat([one.choice_T for one in told])]
+            share_T = lesson.share_T(choice_T)
             quartiles = difficulty_shares(share_T, torch.cat(losses))
             facts.setdefault("share_by_loss_quartile_LQ", []).append(quartiles)
     return facts
