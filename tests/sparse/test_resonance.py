@@ -14,6 +14,7 @@ from moesaic.sparse.layer import SparseFFN
 from moesaic.sparse.resonance import Floored, ResonanceState, TokenThenExpert, best_of, best_so_far
 from moesaic.sparse.select import RoutingContext, TopK
 from moesaic.sparse.softmax_combine import SoftmaxCombine
+from moesaic.sparse.trace import count_routing
 
 NUM_BLOCKS, DIM = 4, 8
 FIXED = FixedCapacity(factor=0.6)
@@ -303,3 +304,13 @@ def test_the_budget_is_the_number_of_choices():
     assert rule.with_budget(3.0) == TokenThenExpert(top_l=3, capacity=FIXED)
     with pytest.raises(ValueError, match=r"exceeds partition\.num_blocks=4"):
         rule.with_budget(5).check(4)
+
+
+def test_notes_are_made_only_where_somebody_reads_them():
+    seen = replace(context(), observed=False)
+    TokenThenExpert(top_l=2, capacity=FIXED, eval_mode="batch_topc")(scores(), seen)
+    assert not seen.notes
+    sparse = layer(TokenThenExpert(top_l=2, capacity=FIXED)).eval()
+    with count_routing(sparse) as counts:
+        sparse(random_inputs(16))
+    assert counts.notes_L()["kept_frac"] == [1.0]

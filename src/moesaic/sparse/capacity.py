@@ -59,7 +59,7 @@ class CapacityMemory(nn.Module):
     @torch.no_grad()
     def update(self, fresh_B: Tensor, ema: float) -> None:
         """Take the first value as it is, then `ema` of the old and the rest of the new one."""
-        self.log_factor_B.copy_(fresh_B if self.steps == 0 else self.log_factor_B.lerp(fresh_B, 1 - ema))
+        self.log_factor_B.copy_(torch.where(self.steps > 0, self.log_factor_B.lerp(fresh_B, 1 - ema), fresh_B))
         self.steps.add_(1)
 
 

@@ -45,6 +45,11 @@ class RoutingTap(nn.Module):
     def forward(self, record: Callable[[], RoutingRecord]) -> None:
         """Nothing: the hooks do the work."""
 
+    @property
+    def is_observed(self) -> bool:
+        """Whether any hook is there."""
+        return bool(self._forward_hooks)
+
 
 class SparseFFN(nn.Module):
     """Maps (..., D) to (..., D) like the dense FFN it replaces.
@@ -134,6 +139,7 @@ class SparseFFN(nn.Module):
             training=self.training,
             num_sequences=num_sequences,
             state=self.select_state,
+            observed=self.tap.is_observed,
         )
         with full_precision(x_TD.device):
             if self.score is None:

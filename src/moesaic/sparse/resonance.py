@@ -135,7 +135,8 @@ class TokenThenExpert(Selection):
             dim=context.dim,
         )
         kept_NCB = self._kept(demand, rank_NCB, mode, context)
-        self._note(demand, kept_NCB, context)
+        if context.observed:
+            self._note(demand, kept_NCB, context)
         return Routing.from_mask(kept_NCB.flatten(0, 1))
 
     def _mode(self, context: RoutingContext) -> EvalMode:
@@ -152,7 +153,8 @@ class TokenThenExpert(Selection):
         if mode == "batch_topc":
             assert self.capacity is not None
             slots_NB = self.capacity.slots(demand, state.capacity, training=context.training)
-            context.note(capacity_tokens=slots_NB.float().mean())
+            if context.observed:
+                context.note(capacity_tokens=slots_NB.float().mean())
 
         def admitted(candidate_NCB: Tensor, kept_NCB: Tensor) -> Tensor:
             if slots_NB is not None:

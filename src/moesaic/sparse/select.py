@@ -34,7 +34,8 @@ class RoutingContext:
 
     The T tokens are `num_sequences` sequences of equal length, one after the other. `state` is the module that the
     rule's own `state` built for this layer, `dim` is D where the layer is known. A rule may `note` figures of this
-    forward for the trace, each a 0-dim tensor: `count_routing` averages them over tokens.
+    forward for the trace, each a 0-dim tensor: `count_routing` averages them over tokens. `observed` is false where
+    nobody will read them, so that they need not be computed.
     """
 
     num_blocks: int
@@ -42,6 +43,7 @@ class RoutingContext:
     training: bool = False
     num_sequences: int = 1
     state: nn.Module | None = None
+    observed: bool = True
     notes: dict[str, Tensor] = field(default_factory=dict)
 
     def note(self, **figures: Tensor) -> None:
