@@ -66,6 +66,8 @@ def test_padding_is_no_calibration_token(tmp_path):
         for index in range(len(sites)):
             own_TD = calibration.inputs_TD(index)[calibration.window_T() == row]
             torch.testing.assert_close(own_TD, seen[index][0], atol=1e-5, rtol=1e-4)
+    few = calibrate(model, split, tmp_path, pattern=None, num_tokens=20, context=16)
+    assert few.windows_NC().shape == (2, 5)  # the first and the last document, cut to the longer of the two
 
 
 @pytest.mark.parametrize("num_tokens", [8, 10_000])

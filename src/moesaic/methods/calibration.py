@@ -99,7 +99,8 @@ def calibrate(
         )
     chosen = torch.linspace(0, num_rows - 1, num_windows).long()
     rows = {name: take_rows(column, chosen).long() for name, column in columns.items()}
-    windows = objective.batch(rows, [f"calibration/{row}" for row in chosen.tolist()])
+    batch = objective.batch(rows, [f"calibration/{row}" for row in chosen.tolist()])
+    windows = {name: column.contiguous() for name, column in batch.items()}  # what was cut cannot be saved
     seen: list[list[Tensor]] = [[] for _ in sites]
     model.eval()
     for first in range(0, num_windows, batch_size):
