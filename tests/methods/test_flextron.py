@@ -8,9 +8,11 @@ import torch
 from methods.toy import ids_NC, toy_conversion, toy_job, weights
 from torch import Tensor
 
+from moesaic.app.compose import compose_plain
+from moesaic.app.schema import MoesaicConfig
 from moesaic.bench.level_latency import measure_levels
 from moesaic.config.errors import ConfigError
-from moesaic.config.strict import to_plain
+from moesaic.config.strict import strict_object, to_plain
 from moesaic.methods.base import SparseMethod, select_blocks
 from moesaic.methods.elastic import CostTarget, LevelSampling, StaticRouter, step_generator
 from moesaic.methods.flextron import (
@@ -31,7 +33,7 @@ from moesaic.sparse.partition import Importance
 from moesaic.sparse.select import AllBlocks, TopK
 from moesaic.sparse.similarity import SimilarityOracle
 from moesaic.sparse.trace import count_routing
-from moesaic.training.fit import FitConfig
+from moesaic.training.fit import FitConfig, part_of
 
 FIT = FitConfig(steps=30, batch_size=4, lr=1e-3)
 TRAINED = (0.25, 0.5, 1.0)
@@ -369,3 +371,18 @@ def test_a_model_that_knows_no_budget_is_refused(tmp_path):
     select_blocks(job.model, TopK(k=2))
     with pytest.raises(ValueError, match=r"method\.select must be .*StaticLevels or TokenLevels"):
         joint().run(job)
+
+
+@pytest.mark.parametrize("mode", ["static", "token"])
+@pytest.mark.parametrize("variant", ["as_published", "as_released", "corrected"])
+def test_every_variant_takes_the_steps_of_one_fit_in_the_order_of_the_page(variant, mode):
+    overrides = ["method=flextron", f"method.variant={variant}", f"method/mode={mode}"]
+    config = strict_object(MoesaicConfig, compose_plain(overrides))
+    phases = config.method.active_phases()
+    names = [name for name, _ in phases]
+    assert names == (["elastic", "surrogate", "joint"] if variant == "as_published" else ["joint"])
+    parts = [part_of(phase.fit, phase.span_frac) for _, phase in phases]
+    assert sum(fit.steps for fit, _ in parts) == config.adapt.fit.steps
+    assert [begin for _, begin in parts] == [sum(fit.steps for fit, _ in parts[:i]) for i in range(len(parts))]
+    assert isinstance(config.method.select, StaticLevels if mode == "static" else TokenLevels)
+    assert (config.method.score is None) == (mode == "static")
