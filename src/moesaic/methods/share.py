@@ -44,13 +44,14 @@ class SolveShares(Phase):
         select = sparse_layers(job.model)[0].select
         if not isinstance(select, Nested):
             raise ValueError(f"SolveShares solves the knob of Nested, but select is {type(select).__name__}.")
+        for layer in sparse_layers(job.model):
+            # Not the state the layer comes with: it may be of other shares.
+            state = select.state(layer.experts.num_blocks)
+            layer.select_state = None if state is None else state.to(layer.experts.up_BSD.device)
         if not select.shares:
             return {"tokens": 0, "steps": 0, "wall_seconds": 0.0, "skipped": "select.shares is empty"}
         assert job.calibration is not None
         job.model.eval()
-        for layer in sparse_layers(job.model):
-            # Not the state the layer comes with: it may be of other shares.
-            layer.select_state = SolvedKnobs(select.shares).to(layer.experts.up_BSD.device)
         batches = calibration_batches(job.calibration, self.max_tokens, job.model.device)
         solved = []
         for share in select.shares:
