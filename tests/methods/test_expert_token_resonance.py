@@ -125,8 +125,12 @@ def test_ffns_gamma_and_learned_scores_are_trained_and_nothing_else(select, scor
     assert not model.training
 
 
-def test_what_training_leaves_is_saved_with_the_model(tmp_path):
-    _, model, calibration = converted(tmp_path)
+@pytest.mark.parametrize(
+    "combine", [SoftmaxCombine(gamma=3.0), SoftmaxCombine(scale="total", gamma=0.0, learn_gamma=True)]
+)
+@pytest.mark.parametrize("group_map", ["strided", "rotation"])
+def test_what_training_leaves_is_saved_with_the_model(combine, group_map, tmp_path):
+    _, model, calibration = converted(tmp_path, combine=combine, score=Grap(group_map=group_map))
     facts = phase().run(toy_job(model, calibration, tmp_path / "fit"))
     state = sparse_layers(model)[0].select_state
     assert state.seen_B.tolist() == [6] * 4

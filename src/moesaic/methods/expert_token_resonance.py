@@ -146,7 +146,7 @@ def learned_state(model: PreTrainedModel) -> dict[str, list[Any]]:
     """What training left beside the weights, per layer: gamma, and per block the averages that inference uses."""
     facts: dict[str, list[Any]] = {}
     for layer in sparse_layers(model):
-        if isinstance(layer.combine, SoftmaxCombineModule):
+        if isinstance(layer.combine, SoftmaxCombineModule) and layer.combine.gamma is not None:
             facts.setdefault("gamma_L", []).append(layer.combine.gamma.item())
         if isinstance(layer.select_state, ResonanceState):
             facts.setdefault("kept_ratio_LB", []).append(layer.select_state.kept_ratio_B.tolist())

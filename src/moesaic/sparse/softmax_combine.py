@@ -41,16 +41,14 @@ class SoftmaxCombine(Combine):
 
 
 class SoftmaxCombineModule(CombineModule):
-    """The combination of one layer; `gamma` is 0-dim, a parameter where it is learned."""
+    """The combination of one layer; `gamma` is a 0-dim parameter where it is learned, else None."""
+
+    config: SoftmaxCombine
 
     def __init__(self, config: SoftmaxCombine, dim: int, num_blocks: int) -> None:
         super().__init__(config, dim, num_blocks)
-        gamma = torch.full((), config.gamma)
-        self.gamma: Tensor
-        if config.learn_gamma:
-            self.gamma = nn.Parameter(gamma)
-        else:
-            self.register_buffer("gamma", gamma, persistent=False)
+        self.gamma = nn.Parameter(torch.full((), config.gamma)) if config.learn_gamma else None
 
     def forward(self, routing: Routing, score_TB: Tensor) -> Routing:
-        return super().forward(routing, (self.gamma.float() * score_TB.float()).softmax(dim=1))
+        gamma = self.config.gamma if self.gamma is None else self.gamma.float()
+        return super().forward(routing, (gamma * score_TB.float()).softmax(dim=1))
