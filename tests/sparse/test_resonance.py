@@ -132,6 +132,7 @@ def test_only_batch_topc_looks_ahead(mode, overflow):
     rule = TokenThenExpert(top_l=2, capacity=FIXED, eval_mode=mode, overflow=overflow)
     assert future_changes_the_past(rule, trained(rule)) == (mode == "batch_topc")
     assert rule.causal == (mode != "batch_topc")
+    assert rule.decodes == (mode in ("no_drop", "threshold_ema"))
 
 
 def test_later_sequences_do_not_change_earlier_ones_in_a_scope_of_one_sequence():

@@ -58,7 +58,7 @@ def time_models(
 ) -> Timing:
     """Times of `own` at its present selection beside those of `dense`, on the rows of `prompts_NC` (int64).
 
-    Both are put into eval mode; decode is timed only where routing is causal. A model without sparse layers is timed as
+    Both are put into eval mode; decode is timed only where routing can be done token by token. A model without sparse layers is timed as
     it is. `pattern` says where an unknown family has its FFNs.
 
     Raises: OutputMismatchError where an executor differs from the reference, ValueError for models that do not
@@ -170,8 +170,8 @@ def _ready(pair: _Pair, cell: Cell, layers: list[SparseFFN], arm: OwnArm) -> _Re
 
 
 def _decodable(found: list[Cell], own: PreTrainedModel) -> list[Cell]:
-    causal = all(layer.select.causal for layer in sparse_layers(own))
-    return [cell for cell in found if causal or cell.phase == "prefill"]
+    decodes = all(layer.select.decodes for layer in sparse_layers(own))
+    return [cell for cell in found if decodes or cell.phase == "prefill"]
 
 
 @contextmanager

@@ -97,6 +97,10 @@ class TokenThenExpert(Selection):
     def causal(self) -> bool:
         return self.capacity is None or self.eval_mode != "batch_topc"
 
+    @property
+    def decodes(self) -> bool:
+        return self.capacity is None or self.eval_mode in ("no_drop", "threshold_ema")
+
     def training_form(self) -> Self:
         return replace(self, eval_mode="no_drop" if self.ecr_order == "arrival" else "threshold_ema")
 

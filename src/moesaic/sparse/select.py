@@ -67,6 +67,11 @@ class Selection(ABC):
         """False where a token's blocks depend on later tokens, or on other sequences of the batch."""
         return True
 
+    @property
+    def decodes(self) -> bool:
+        """Whether a token that comes alone is routed as within its sequence: only then decoding is what was judged."""
+        return self.causal
+
     def training_form(self) -> Selection:
         """The rule as training sees it: settings that matter at inference only have their defaults.
 
