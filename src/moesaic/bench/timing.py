@@ -58,8 +58,8 @@ def time_models(
 ) -> Timing:
     """Times of `own` at its present selection beside those of `dense`, on the rows of `prompts_NC` (int64).
 
-    Both are put into eval mode; decode is timed only where routing can be done token by token. A model without sparse layers is timed as
-    it is. `pattern` says where an unknown family has its FFNs.
+    Both are put into eval mode; decode is timed only where routing can be done token by token. A model without sparse
+    layers is timed as it is. `pattern` says where an unknown family has its FFNs.
 
     Raises: OutputMismatchError where an executor differs from the reference, ValueError for models that do not
     generate.
