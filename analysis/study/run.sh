@@ -1,0 +1,33 @@
+#!/bin/sh
+# Every method at about 25, 50 and 75 % of the FFN, three seeds, equal adaptation tokens: the study behind pays.csv and
+# share.png in this folder. Some hours on two cores; whatever is there already is not computed again.
+#   analysis/study/run.sh BACKBONE NOVELS BLIMP RUNS
+# BACKBONE: a small Llama folder; NOVELS: a folder with train.jsonl.gz and validation.jsonl.gz (title, text);
+# BLIMP: a folder with the 67 <paradigm>.jsonl.gz; RUNS: where everything goes.
+set -eu
+bin=$(dirname "$0")/../../.venv/bin
+backbone=$1 novels=$2 blimp=$3 runs=$4
+
+study() {
+    "$bin/moesaic" -m backbone=hf backbone.path="$backbone" backbone.dtype=float32 \
+        data=novels data.train="$novels/train.jsonl.gz" data.heldout="$novels/validation.jsonl.gz" tokens.train=2000000 \
+        evaluate=blimp evaluate.tasks.blimp.folder="$blimp" evaluate.tasks.blimp.limit_per_paradigm=5 \
+        evaluate.perplexity.max_tokens=12288 evaluate.perplexity.context=256 bench=none \
+        adapt.fit.steps=40 adapt.fit.warmup_steps=4 adapt.fit.precision=bf16-mixed \
+        adapt.relufy_fit.steps=40 adapt.relufy_fit.warmup_steps=4 adapt.relufy_fit.precision=bf16-mixed \
+        adapt.router_fit.steps=30 adapt.router_fit.warmup_steps=2 paths.runs="$runs" study=every_method "$@"
+}
+
+study method=dense,dense_same_tokens,factorllm,llama_moe,dynamoe,flextron,matformer,cmoe seed=0,1,2
+study method=static_slice method.num_blocks=8 method.budgets=[1,2,4,6,7] seed=0,1,2
+study method=static_slice method.num_blocks=8 method.budgets=[1,2,3,4,5,6,7] method.phases.finetune=null seed=0,1,2
+study method=moefication method.phases.router.fit.steps=100 seed=0,1,2
+study method=d2dmoe method.budgets=[0.05,0.2,0.5] method.phases.router.fit.steps=100 seed=0,1,2
+study method=lte method.phases.soft.eta=1,2,4 seed=0,1,2
+study method=lte method.phases.soft.eta=0.3,8 seed=0
+# Affinity mass, the default capacity, cannot reach half of the FFN (experiment=etr_top_l).
+study method=expert_token_resonance +method/capacity=fixed seed=0,1,2
+study method=deja_vu method.phases.predictor.fit.steps=150 seed=0,1,2
+study method=cats method.budgets=[0.25,0.5,0.75] seed=0,1,2
+study method=teal method.scope=ffn method.search_tokens=256 seed=0,1,2
+"$bin/moesaic-report" "$runs"
