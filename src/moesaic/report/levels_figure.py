@@ -19,14 +19,17 @@ _QUARTERS = ("easiest quarter", "second", "third", "hardest quarter")
 
 
 def draw_levels(facts: Mapping[str, Any], title: str) -> Figure:
-    """Four panels of what a phase of nested experts reported about labels and routers, layer by layer.
+    """Five panels of what a phase of nested experts reported about labels and routers, layer by layer.
 
-    `facts` holds `labels_LE`, `levels_LE` (shares of tokens), `router_{top1,within_one,prior}_L` and, for causal
-    language models, `share_by_loss_quartile_LQ`. Raises KeyError where the phase reported none of them.
+    `facts` holds `base_labels_LE_by_theta`, `labels_LE`, `levels_LE` (shares of tokens),
+    `router_{top1,within_one,prior}_L` and, for causal language models, `share_by_loss_quartile_LQ`.
+    Raises KeyError where the phase reported none of them.
     """
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(13.5, 7.2), dpi=DPI, layout="constrained")
-        (labels, levels), (accuracy, difficulty) = figure.subplots(2, 2)
+        figure = Figure(figsize=(16, 7.2), dpi=DPI, layout="constrained")
+        (base, labels, levels), (accuracy, difficulty, unused) = figure.subplots(2, 3)
+        unused.set_axis_off()
+        _by_theta(base, facts["base_labels_LE_by_theta"])
         _stack(labels, facts["labels_LE"], "Labels: the smallest level that is good enough")
         _stack(levels, facts["levels_LE"], "Routers: the level chosen")
         _accuracy(accuracy, facts)
@@ -35,15 +38,29 @@ def draw_levels(facts: Mapping[str, Any], title: str) -> Figure:
         return figure
 
 
+def _by_theta(axes: Axes, labels_LE_by_theta: Mapping[str, Sequence[Sequence[float]]]) -> None:
+    thetas = sorted(labels_LE_by_theta, key=float)
+    colours = matplotlib.colormaps["cividis"](np.linspace(0.9, 0.05, len(thetas)))
+    for theta, colour in zip(thetas, colours, strict=True):
+        share_LE = np.asarray(labels_LE_by_theta[theta])
+        mean_L = share_LE @ np.arange(1, share_LE.shape[1] + 1)
+        axes.plot(mean_L, color=colour, marker="o", markersize=4, label=f"theta {theta}")
+    axes.set_title("Mean label before training, by theta")
+    axes.set_xlabel("layer")
+    axes.set_ylabel("mean level")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    handles, names = axes.get_legend_handles_labels()
+    axes.legend(handles[::-1], names[::-1], frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+
+
 def _stack(axes: Axes, share_LE: Sequence[Sequence[float]], title: str) -> None:
     shares = np.asarray(share_LE)
     num_layers, num_levels = shares.shape
     colours = matplotlib.colormaps["viridis"](np.linspace(0.95, 0.1, num_levels))
     bottom = np.zeros(num_layers)
     for level in range(num_levels):
-        axes.bar(
-            range(num_layers), shares[:, level], bottom=bottom, color=colours[level], width=0.8, label=str(level + 1)
-        )
+        share_L, name = shares[:, level], str(level + 1)
+        axes.bar(range(num_layers), share_L, bottom=bottom, color=colours[level], width=0.8, label=name)
         bottom += shares[:, level]
     axes.set_title(title)
     axes.set_xlabel("layer")
