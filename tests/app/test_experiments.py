@@ -59,6 +59,16 @@ def test_routed_methods_have_all_controls_at_each_budget(overrides):
     assert by_arm["random_router", 4.0] == pytest.approx(by_arm["oracle_router", 4.0], abs=1e-5)
 
 
+def test_controls_can_be_left_out_and_added_later(overrides, capsys):
+    few = [*overrides, "method=factorllm", "method.budgets=[1]"]
+    _, record = run([*few, "++evaluate.controls=false"])
+    assert arms(record) == {("adapted", 1.0), ("learned_router", 1.0)}
+    capsys.readouterr()
+    run(few)
+    computed = [line.split()[1] for line in capsys.readouterr().err.splitlines() if line.startswith("computing")]
+    assert [title.split("/")[0] for title in computed] == ["evaluate"] * 3
+
+
 def test_a_second_run_computes_nothing_and_a_new_budget_only_what_it_needs(overrides, capsys):
     run([*overrides, "method=moefication", "method.budgets=[8]"])
     capsys.readouterr()
