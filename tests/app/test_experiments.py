@@ -61,7 +61,7 @@ def test_routed_methods_have_all_controls_at_each_budget(overrides):
 
 def test_controls_can_be_left_out_and_added_later(overrides, capsys):
     few = [*overrides, "method=factorllm", "method.budgets=[1]"]
-    _, record = run([*few, "++evaluate.controls=false"])
+    _, record = run([*few, "controls=false"])
     assert arms(record) == {("adapted", 1.0), ("learned_router", 1.0)}
     capsys.readouterr()
     run(few)

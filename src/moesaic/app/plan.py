@@ -124,7 +124,7 @@ class Plan:
         routers = [model for phase, model in self.phase_models(budget) if not phase.trains_weights]
         if routers:
             yield Point(arm="learned_router", budget=budget, model=routers[-1], timed=False)
-        if not self.config.evaluate.controls:
+        if not self.config.controls:
             return
         yield Point(arm="oracle_router", budget=budget, model=self.converted(budget), timed=False)
         yield Point(arm="random_router", budget=budget, model=self.converted(budget), timed=False)

@@ -55,5 +55,7 @@ class MoesaicConfig:
     # What follows decides only where and whether things run.
     paths: PathsConfig = field(metadata={"identity": False})
     study: str = field(default="default", metadata={"identity": False})  # a name for experiments run together
+    # Whether the model with oracle, random and all-block routing is evaluated too, which takes most of the time.
+    controls: bool = field(default=True, metadata={"identity": False})
     dry_run: bool = field(default=False, metadata={"identity": False})  # list the stages, compute nothing
     keep_going: bool = field(default=True, metadata={"identity": False})  # in a multirun: go on after a failure

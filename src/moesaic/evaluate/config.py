@@ -16,8 +16,7 @@ class EvaluateConfig:
     """Perplexity on the held-out split, and tasks, named by their keys.
 
     `batch_size` and `limit` (items per task, None: all) are lm-eval's. `cett`: how many neurons could be left out at a
-    set price in perplexity (None: not measured; causal language models only). `controls`: whether the same model with
-    oracle, random and all-block routing is measured too, which takes most of the time.
+    set price in perplexity (None: not measured; causal language models only).
     """
 
     perplexity: PerplexityConfig
@@ -25,7 +24,6 @@ class EvaluateConfig:
     batch_size: int = 32
     limit: int | None = None
     cett: CettConfig | None = None
-    controls: bool = True
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "limit"):

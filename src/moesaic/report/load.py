@@ -25,7 +25,7 @@ from moesaic.runs.status import STATUS_FILE, Status
 __all__ = ["Experiment", "FailedStage", "LoadedRuns", "NoRecordsError", "Skipped", "load"]
 
 # Parts of a resolved config that cannot change a result, so that they do not tell configurations apart.
-_NOT_CONFIGURATION = frozenset({"seed", "paths", "study", "dry_run", "keep_going", "tracker", "launcher"})
+_NOT_CONFIGURATION = frozenset({"seed", "paths", "study", "controls", "dry_run", "keep_going", "tracker", "launcher"})
 
 
 # How the store names folders that are not (or no longer) whole.
