@@ -18,16 +18,23 @@ study() {
         adapt.router_fit.steps=30 adapt.router_fit.warmup_steps=2 paths.runs="$runs" study=every_method "$@"
 }
 
-study method=dense,dense_same_tokens,factorllm,llama_moe,dynamoe,flextron,matformer,cmoe seed=0,1,2
-study method=static_slice method.num_blocks=8 method.budgets=[1,2,4,6,7] seed=0,1,2
-study method=static_slice method.num_blocks=8 method.budgets=[1,2,3,4,5,6,7] method.phases.finetune=null seed=0,1,2
-study method=moefication method.phases.router.fit.steps=100 seed=0,1,2
-study method=d2dmoe method.budgets=[0.05,0.2,0.5] method.phases.router.fit.steps=100 seed=0,1,2
-study method=lte method.phases.soft.eta=1,2,4 seed=0,1,2
-study method=lte method.phases.soft.eta=0.3,8 seed=0
+trained="method=dense,dense_same_tokens,factorllm,llama_moe,dynamoe,flextron,matformer"
+moefication="method=moefication method.phases.router.fit.steps=100"
+d2dmoe="method=d2dmoe method.budgets=[0.05,0.2,0.5] method.phases.router.fit.steps=100"
 # Affinity mass, the default capacity, cannot reach half of the FFN (experiment=etr_top_l).
-study method=expert_token_resonance +method/capacity=fixed seed=0,1,2
-study method=deja_vu method.phases.predictor.fit.steps=150 seed=0,1,2
-study method=cats method.budgets=[0.25,0.5,0.75] seed=0,1,2
-study method=teal method.scope=ffn method.search_tokens=256 seed=0,1,2
+resonance="method=expert_token_resonance +method/capacity=fixed"
+for seeds in "seed=0" "seed=1,2 controls=false"; do
+    for method in "$trained" "$moefication" "$d2dmoe" "$resonance" "method=lte method.phases.soft.eta=1,4"; do
+        study $method $seeds
+    done
+    study method=static_slice method.num_blocks=8 "method.budgets=[1,2,4,6,7]" $seeds
+done
+study method=lte method.phases.soft.eta=0.3,2 controls=false
+study method=lte method.phases.soft.eta=8
+# What trains nothing is the same for every seed, or nearly; it stands beside an untrained slice.
+study method=static_slice method.num_blocks=8 "method.budgets=[1,2,3,4,5,6,7]" method.phases.finetune=null
+study method=cmoe
+study method=cats "method.budgets=[0.25,0.5,0.75]"
+study method=deja_vu method.phases.predictor.fit.steps=150
+study method=teal method.scope=ffn method.search_tokens=256
 "$bin/moesaic-report" "$runs"
