@@ -187,6 +187,17 @@ def test_an_oracle_without_a_clear_lead_gives_no_share(tmp_path: Path) -> None:
     assert pd.isna(row["oracle_share_frac"])
 
 
+def test_the_oracle_of_some_seeds_is_compared_within_them(tmp_path: Path) -> None:
+    _write(tmp_path, "m", {("adapted", 8): (2.3, 0.25), ("oracle_router", 8): (2.15, 0.25)}, seed=0)
+    _write(tmp_path, "m", {("adapted", 8): (2.2, 0.25)}, seed=1)
+    for seed in (0, 1):
+        _slices(tmp_path, seed=seed)
+    row = _row(tmp_path)
+    assert row["difference"] == pytest.approx(-0.15)
+    assert (row["oracle"], row["oracle_difference"]) == (pytest.approx(2.15), pytest.approx(-0.25))
+    assert row["oracle_share_frac"] == pytest.approx(0.4)
+
+
 def test_what_adapting_cost(tmp_path: Path) -> None:
     def cost(seconds: float, peak: int, tokens: list[int]) -> dict[str, Any]:
         stages = [
@@ -207,7 +218,7 @@ def test_what_adapting_cost(tmp_path: Path) -> None:
 def test_a_prepared_dense_model_is_remarked(tmp_path: Path) -> None:
     stages = [{"stage": "prepare", "identity": "p"}, {"stage": "adapt", "identity": "a"}]
     _write(tmp_path, "m", {("adapted", 8): (2.3, 0.25)}, change={"stages": stages})
-    assert "changed and trained before the cut" in _row(tmp_path)["remarks"]
+    assert "dense model was changed before the cut" in _row(tmp_path)["remarks"]
 
 
 def test_a_study_of_fourteen_methods(tmp_path: Path) -> None:

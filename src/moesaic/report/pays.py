@@ -55,12 +55,12 @@ PAYS_COLUMNS = {
     "resampled_count": "how many of them",
     "verdict": "pays, does not, or can't tell: the interval holds 0, or seeds disagree about the sign",
     "reason": "why there is no slice to compare with",
-    "oracle": "the method's blocks under oracle routing, untrained, mean over the paired seeds",
+    "oracle": "the method's blocks under oracle routing, untrained, mean over the paired seeds that have it",
     "oracle_difference": "oracle minus slice",
     "oracle_difference_low": "lower end of its interval",
     "oracle_difference_high": "upper end",
-    "oracle_share_frac": "difference / oracle_difference: the part of an untrained oracle's lead over the slice "
-    "that the method reaches; empty where that lead is not clear",
+    "oracle_share_frac": "difference / oracle_difference in the oracle's seeds: the part of an untrained oracle's "
+    "lead over the slice that the method reaches; empty where that lead is not clear",
     "dense_difference": "method minus dense_same_tokens: the price of sparsity",
     "dense_difference_low": "lower end of its interval",
     "dense_difference_high": "upper end",
@@ -181,9 +181,11 @@ class _Bench:
                 "_by_seed": sliced.by_seed(),
             }
             oracle = self._oracle(of_seeds, sliced, measure)
-            if oracle is not None:
+            if oracle.own:
                 lead = differences["oracle_difference"] = oracle.difference()
                 row |= {"oracle": _mean(one.mean for one in oracle.own), "oracle_difference": lead.mean}
+                there = zip(sliced.seeds, sliced.by_seed(), strict=True)
+                row["_at_oracle"] = _mean(value for seed, value in there if seed in oracle.seeds)
         dense = self._beside_dense(of_seeds, measure)
         row["dense_reason"] = dense.reason
         if dense.own:
@@ -248,19 +250,21 @@ class _Bench:
         pairs.reason = "; ".join(dict.fromkeys(reasons))
         return pairs
 
-    def _oracle(self, of_seeds: Sequence[Mapping[Any, Any]], sliced: _Pairs, measure: str) -> _Pairs | None:
-        """The oracle beside the same slices; None where a paired seed lacks it."""
+    def _oracle(self, of_seeds: Sequence[Mapping[Any, Any]], sliced: _Pairs, measure: str) -> _Pairs:
+        """The oracle beside the same slices, for those of the paired seeds that have it."""
         rows = {row["seed"]: row for row in of_seeds}
-        found = _Pairs(seeds=sliced.seeds, other=sliced.other)
-        for seed in sliced.seeds:
+        found = _Pairs()
+        for seed, other in zip(sliced.seeds, sliced.other, strict=True):
             scores = self._of({**rows[seed], "arm": "oracle_router"}, measure)
             if scores is None:
-                return None
+                continue
+            try:
+                combine([(1.0, scores), (-1.0, other)])
+            except UnlikeScoresError:
+                continue
+            found.seeds.append(seed)
             found.own.append(scores)
-        try:
-            found.difference()
-        except UnlikeScoresError:
-            return None
+            found.other.append(other)
         return found
 
     def _cost(self, of_seeds: Sequence[Mapping[Any, Any]]) -> dict[str, Any]:
@@ -281,7 +285,7 @@ class _Bench:
         if any(
             stage["stage"] == "prepare" for row in of_seeds for stage in stages_of(self._experiments[row["identity"]])
         ):
-            yield "the dense model was changed and trained before the cut, beside the adaptation tokens"
+            yield "the adaptation tokens include those on which the dense model was changed before the cut"
 
     def _needed(self, row: Mapping[Any, Any], measure: str) -> Scores:
         scores = self._of(row, measure)
@@ -317,7 +321,7 @@ def _judged(row: dict[str, Any]) -> dict[str, Any]:
         row["verdict"] = verdict(*ends, row["_by_seed"], lower_is_better=lower_is_better)
     ends = row.get("oracle_difference_low", math.nan), row.get("oracle_difference_high", math.nan)
     if ends[1] < 0 if lower_is_better else ends[0] > 0:
-        row["oracle_share_frac"] = row["difference"] / row["oracle_difference"]
+        row["oracle_share_frac"] = row["_at_oracle"] / row["oracle_difference"]
     return row
 
 
