@@ -23,14 +23,16 @@ moefication="method=moefication method.phases.router.fit.steps=100"
 d2dmoe="method=d2dmoe method.budgets=[0.05,0.2,0.5] method.phases.router.fit.steps=100"
 # Affinity mass, the default capacity, cannot reach half of the FFN (experiment=etr_top_l).
 resonance="method=expert_token_resonance +method/capacity=fixed"
+lte="method=lte method.phases.soft.eta=0.1,0.3,0.5,1"
+steep="method=lte method.phases.soft.epsilon=0.01"  # the barrier that decides too early, beside the default
 for seeds in "seed=0" "seed=1,2 controls=false"; do
-    for method in "$trained" "$moefication" "$d2dmoe" "$resonance" "method=lte method.phases.soft.eta=1,4"; do
+    for method in "$trained" "$moefication" "$d2dmoe" "$resonance" "$lte" "$steep method.phases.soft.eta=1,4"; do
         study $method $seeds
     done
     study method=static_slice method.num_blocks=8 "method.budgets=[1,2,4,6,7]" $seeds
 done
-study method=lte method.phases.soft.eta=0.3,2 controls=false
-study method=lte method.phases.soft.eta=8
+study $steep method.phases.soft.eta=0.3,2 controls=false
+study $steep method.phases.soft.eta=8
 # What trains nothing is the same for every seed, or nearly; it stands beside an untrained slice.
 study method=static_slice method.num_blocks=8 "method.budgets=[1,2,3,4,5,6,7]" method.phases.finetune=null
 study method=cmoe
@@ -38,3 +40,13 @@ study method=cats "method.budgets=[0.25,0.5,0.75]"
 study method=deja_vu method.phases.predictor.fit.steps=150
 study method=teal method.scope=ffn method.search_tokens=256
 "$bin/moesaic-report" "$runs"
+
+# What an uneven spread of the budget over layers gives, untrained (seed 0): allocation.csv.
+blocks="method.budgets=[2,4] controls=false study=allocation"
+for rule in uniform solved greedy; do
+    study method=static_slice method.num_blocks=8 method.phases.finetune=null $blocks +method/allocate=$rule
+    study method=moefication method.partition.num_blocks=8 method.select.k=4 method.phases.heal=null \
+        method.phases.router.fit.steps=100 $blocks +method/allocate=$rule
+    study method=cats method.partition.block_size=128 "method.budgets=[0.5]" controls=false study=allocation \
+        +method/allocate=$rule
+done
